@@ -1,0 +1,1 @@
+"""Mixture-of-Experts image classifiers, trained on one process or many."""
