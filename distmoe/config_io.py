@@ -1,0 +1,164 @@
+"""Reading and writing configuration values: YAML, dotted overrides, and error messages that name place and fix."""
+
+import difflib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from distmoe.contracts import UserError
+
+MAX_CONFIG_BYTES = 1_000_000  # far above any configuration: a data file given by mistake is refused, not parsed
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads ``1e-3`` as a number and refuses a key that is given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 takes 1e-3 for text (no dot); everybody who writes a learning rate means a number.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; an unreadable, oversized or malformed file is a :class:`UserError`."""
+    try:
+        if path.is_file() and path.stat().st_size > MAX_CONFIG_BYTES:
+            raise UserError(f"config {path}: larger than {MAX_CONFIG_BYTES} bytes, not a configuration file")
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"config {path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"config {path}: not UTF-8 text; give the path of a YAML file") from None
+    values = _parse(text, f"config {path}")
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"config {path}: must hold sections (section: ...), not a {type(values).__name__}")
+    return values
+
+
+def merge_overrides(values: dict[str, Any], overrides: tuple[str, ...] | list[str]) -> dict[str, Any]:
+    """A copy of ``values`` with each ``a.b.c=value`` applied in order; the values are read as YAML."""
+    merged = _copy(values)
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        parts = key.split(".")
+        if not separator or not all(parts):
+            raise UserError(f"override {override!r}: must look like section.field=value, e.g. optim.lr=0.01")
+        section = merged
+        for part in parts[:-1]:
+            if section.get(part) is None:
+                section[part] = {}
+            section = section[part]
+            if not isinstance(section, dict):
+                raise UserError(f"override {override!r}: {part} is a value, not a section with fields")
+        section[parts[-1]] = _parse(text, f"override {override!r}")
+    return merged
+
+
+def to_yaml(values: dict[str, Any]) -> str:
+    """Plain values as YAML, keys in their order."""
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def describe_errors(error: ValidationError, schema: type[BaseModel]) -> str:
+    """All problems of a failed validation, one a line: path, value, what is allowed, the fix."""
+    lines = sorted({_describe(problem, schema) for problem in error.errors(include_url=False)})
+    return lines[0] if len(lines) == 1 else f"{len(lines)} problems\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        where = getattr(error, "problem_mark", None)
+        place = f" at line {where.line + 1}, column {where.column + 1}" if where else ""
+        reason = getattr(error, "problem", None) or type(error).__name__
+        raise UserError(f"{source}: not valid YAML{place}: {reason}") from None
+
+
+def _copy(values: Any) -> Any:
+    return {key: _copy(value) for key, value in values.items()} if isinstance(values, dict) else values
+
+
+def _describe(problem: Any, schema: type[BaseModel]) -> str:
+    parts, fields = _walk(problem["loc"], schema)
+    path, kind = ".".join(parts), problem["type"]
+    value, details = problem["input"], problem.get("ctx", {})
+    if kind == "extra_forbidden":
+        close = difflib.get_close_matches(parts[-1], fields, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known keys here: {', '.join(fields) or 'none'}"
+        return f"{path}: unknown key; {hint}"
+    if kind == "value_error":
+        return str(details["error"])
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        tag = value.get("name") if isinstance(value, dict) else None
+        given = f" ({tag!r})" if tag is not None else ""
+        return f"{path}.name{given}: must be one of {details.get('expected_tags') or ', '.join(_tags(problem, schema))}"
+    message = problem["msg"].removeprefix("Input should be ").removeprefix("a ").removeprefix("an ")
+    return f"{path} ({_shorten(value)}): must be {message}"
+
+
+def _walk(location: tuple[int | str, ...], schema: type[BaseModel]) -> tuple[list[str], list[str]]:
+    """The dotted path without the tags pydantic adds for unions, and the field names known at its last section."""
+    parts: list[str] = []
+    fields: list[str] = list(schema.model_fields)
+    choices: list[type[BaseModel]] = [schema]
+    for item in location:
+        if isinstance(item, int):
+            parts.append(str(item))
+            continue
+        matching = [model for model in choices if item in model.model_fields]
+        tagged = [model for model in choices if _tag(model) == item]
+        if matching:
+            parts.append(item)
+            choices = [found for model in matching for found in _models_in(model.model_fields[item].annotation)]
+            fields = list(dict.fromkeys(name for model in matching for name in model.model_fields)) if not choices else []
+        elif tagged:
+            choices = tagged
+        elif item == location[-1] and choices:
+            parts.append(item)
+            fields = list(dict.fromkeys(name for model in choices for name in model.model_fields))
+    return parts, fields
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif get_origin(annotation) in (Union, UnionType) or get_args(annotation):
+        for argument in get_args(annotation):
+            yield from _models_in(argument)
+
+
+def _tag(model: type[BaseModel]) -> str | None:
+    field = model.model_fields.get("name")
+    return field.default if field is not None and isinstance(field.default, str) else None
+
+
+def _tags(problem: Any, schema: type[BaseModel]) -> list[str]:
+    choices: list[type[BaseModel]] = [schema]
+    for item in problem["loc"]:
+        choices = [found for model in choices for found in _models_in(model.model_fields[item].annotation)]
+    return [tag for tag in map(_tag, choices) if tag]
+
+
+def _shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
