@@ -7,7 +7,7 @@
 # Settings (environment variables, all optional):
 #   PYTHON                   the interpreter to build .venv from (3.11 or 3.12); default: the first that works of
 #                            python3.12, python3.11, python3
-#   DISTMOE_EXTRAS           extras of pyproject.toml to install; default "ffcv,dev" (also there: deepspeed)
+#   DISTMOE_EXTRAS           extras of pyproject.toml to install; default "ffcv,dev" (also there: deepspeed); "" = none
 #   DISTMOE_WITHOUT_FFCV     1 = go on without FFCV and its system packages; train with data.loader=resident
 #   DISTMOE_TORCH_INDEX_URL  another wheel index for torch and torchvision: CPU-only, or another CUDA version
 #   DISTMOE_CONSTRAINTS      another file of exact versions instead of launch/constraints.txt
@@ -21,7 +21,7 @@ readonly LOG=$VENV/setup.log
 readonly CONSTRAINTS=${DISTMOE_CONSTRAINTS:-launch/constraints.txt}
 readonly TORCH_INDEX_URL=${DISTMOE_TORCH_INDEX_URL:-}
 readonly WITHOUT_FFCV=${DISTMOE_WITHOUT_FFCV:-0}
-extras=${DISTMOE_EXTRAS:-ffcv,dev}
+extras=${DISTMOE_EXTRAS-ffcv,dev}
 export PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 export DS_BUILD_OPS=0 # DeepSpeed compiles the operators a run uses when it first uses them
 
@@ -56,7 +56,6 @@ suitable() {
 find_python() { # sets python, or leaves it empty
     python=""
     if [ -n "${PYTHON:-}" ]; then
-        suitable "$PYTHON" || fail "PYTHON=$PYTHON does not run, or is not Python 3.11 or 3.12."
         python=$PYTHON
         return
     fi
@@ -285,6 +284,7 @@ up_to_date() {
 
 main() {
     [ -f "$CONSTRAINTS" ] || fail "DISTMOE_CONSTRAINTS=$CONSTRAINTS is not a file."
+    [ -z "${PYTHON:-}" ] || suitable "$PYTHON" || fail "PYTHON=$PYTHON does not run, or is not Python 3.11 or 3.12."
     [ "$WITHOUT_FFCV" = 0 ] || without_ffcv
     # Two set-ups of one checkout would install into the same folder: the second waits, then finds the work done.
     exec 9>.setup.lock
@@ -297,7 +297,6 @@ main() {
         return
     fi
     find_python
-    [ -n "$python" ] || [ -z "${PYTHON:-}" ] || fail "PYTHON=$PYTHON cannot be used."
     ensure_system_packages
     ensure_venv
     rm -f "$STAMP" # from here to the end the environment is in between

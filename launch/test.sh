@@ -6,8 +6,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-extras=${DISTMOE_EXTRAS:-ffcv,dev}
-[[ ",$extras," == *,dev,* ]] || extras+=,dev # the gates themselves
+extras=${DISTMOE_EXTRAS-ffcv,dev}
+[[ ",$extras," == *,dev,* ]] || extras=${extras:+$extras,}dev # the gates themselves
 DISTMOE_EXTRAS=$extras bash launch/setup.sh
 
 PATH=$PWD/.venv/bin:$PATH # the launchers that tests start are those of this environment

@@ -140,7 +140,8 @@ def run_block(block: Block, folder: Path, timeout_s: float) -> tuple[int | None,
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-        "PYTHONPATH": str(folder),  # the installed distmoe is the original's, the copy is to be run
+        # The installed distmoe is the original's: the copy is to be run.
+        "PYTHONPATH": f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep),
         "DISTMOE_DATA_ROOT": str(real_data_root()),
         NESTED: "1",
     }
