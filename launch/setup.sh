@@ -17,6 +17,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 readonly VENV=.venv
 readonly VENV_PYTHON=$VENV/bin/python
 readonly STAMP=$VENV/distmoe-setup.stamp
+readonly TORCH_SOURCE=$VENV/distmoe-torch-index # the index that torch came from; absent or empty: the ordinary one
 readonly LOG=$VENV/setup.log
 readonly CONSTRAINTS=${DISTMOE_CONSTRAINTS:-launch/constraints.txt}
 readonly TORCH_INDEX_URL=${DISTMOE_TORCH_INDEX_URL:-}
@@ -218,11 +219,14 @@ write_constraints() {
 }
 
 install_torch() {
-    if [ -z "$TORCH_INDEX_URL" ]; then
-        pip_install torch torchvision
-    else # only torch from that index: what it depends on comes with the rest, from the ordinary one
-        pip_install --no-deps --index-url "$TORCH_INDEX_URL" torch torchvision
-    fi
+    local arguments=(torch torchvision) installed_from=""
+    [ ! -f "$TORCH_SOURCE" ] || installed_from=$(<"$TORCH_SOURCE")
+    # Only torch from another index: what it depends on comes with the rest, from the ordinary one.
+    [ -z "$TORCH_INDEX_URL" ] || arguments+=(--no-deps --index-url "$TORCH_INDEX_URL")
+    # To pip, 2.14.1+cpu and 2.14.1 both satisfy 2.14.1: it would leave the build of the former index in place.
+    [ "$installed_from" = "$TORCH_INDEX_URL" ] || arguments+=(--no-deps --force-reinstall)
+    pip_install "${arguments[@]}"
+    printf '%s' "$TORCH_INDEX_URL" >"$TORCH_SOURCE"
 }
 
 install_distmoe() {
