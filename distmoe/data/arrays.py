@@ -34,7 +34,9 @@ def load(data: DataSection, split: SplitName) -> Split:
     arrays = _read(path)
     for key in _RESERVED:
         if key not in arrays:
-            _fail(path, key, f"missing (the file holds: {', '.join(sorted(arrays)) or 'nothing'})", "an array is needed")
+            _fail(
+                path, key, f"missing (the file holds: {', '.join(sorted(arrays)) or 'nothing'})", "an array is needed"
+            )
     has_test = _check_test_keys(path, arrays)
     train = _check(path, arrays, prefix="")
     num_classes = _check_classes(path, train.labels)

@@ -5,8 +5,8 @@ shape stands at a random place, in a random size, orientation and two random col
 and noise. *What* the image shows and *where* it is can both be learned, so experts have something to specialise in; the
 place and the size are recorded as factors. Pixels alone say little: colours are drawn alike for every class.
 
-A sample depends on its split, its number and the difficulty, on nothing else. Only additions, multiplications, divisions
-and square roots are used, which IEEE 754 rounds alike everywhere: all machines make the same bytes.
+A sample depends on its split, its number and the difficulty, on nothing else. Only additions, multiplications,
+divisions and square roots are used, which IEEE 754 rounds alike everywhere: all machines make the same bytes.
 """
 
 import numpy as np

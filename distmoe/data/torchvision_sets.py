@@ -6,6 +6,7 @@ checked for their shape, number and labels.
 """
 
 import logging
+import os
 import socket
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ _NUM_SAMPLES: dict[str, dict[SplitName, int]] = {
     "fashionmnist": {"train": 60_000, "test": 10_000},
 }
 _NETWORK_TIMEOUT_S = 30.0  # without it, a network that swallows packets would hang the download for ever
+_FIX = "`python -m distmoe prepare CONFIG` downloads it"
 _REASON_LENGTH = 300  # characters of another package's error message that are passed on
 
 
@@ -48,16 +50,18 @@ def load(data: DataSection, split: SplitName) -> Split:
         UserError: A file is missing, damaged, or not what torchvision expects; the message names it and the fix.
     """
     files = _files(data)
-    for path, md5 in files.items():
-        _check_file(data, path, md5)
+    for path in files:
+        _check_present(data, path)
     try:
         original = _CLASSES[data.name](data.root, train=split == "train", download=False)
         inputs, labels = np.asarray(original.data), np.asarray(original.targets, dtype=np.int64)
     except Exception as error:  # torchvision lets anything out of a malformed file: KeyError, AssertionError, ...
+        for path, md5 in files.items():
+            _check_sum(data, path, md5)
         raise UserError(_malformed(data, split, f"{type(error).__name__}: {error}")) from error
     inputs = np.ascontiguousarray(inputs if inputs.ndim == 4 else inputs[..., None])
     names = tuple(str(name).rpartition(" - ")[2] for name in original.classes)  # MNIST's are "0 - zero"
-    expected = (_NUM_SAMPLES[data.name][split], *((32, 32, 3) if md5_checked(files) else (28, 28, 1)))
+    expected = (_NUM_SAMPLES[data.name][split], *((32, 32, 3) if _have_sums(files) else (28, 28, 1)))
     if inputs.shape != expected or inputs.dtype != np.uint8 or labels.shape != expected[:1]:
         found = f"images {inputs.shape} {inputs.dtype} and {labels.size} labels, not {expected} uint8"
         raise UserError(_malformed(data, split, found))
@@ -88,11 +92,6 @@ def download(data: DataSection) -> None:
         socket.setdefaulttimeout(timeout)
 
 
-def md5_checked(files: dict[Path, str | None]) -> bool:
-    """Whether torchvision knows a checksum of each unpacked file: of CIFAR yes, of MNIST no."""
-    return all(files.values())
-
-
 def _folder(data: DataSection) -> Path:
     kind = _CLASSES[data.name]
     return Path(data.root) / (f"{kind.__name__}/raw" if issubclass(kind, MNIST) else kind.base_folder)
@@ -107,30 +106,34 @@ def _files(data: DataSection) -> dict[Path, str | None]:
     return {_folder(data) / name: md5 for name, md5 in listed}
 
 
-def _check_file(data: DataSection, path: Path, md5: str | None) -> None:
-    fix = "`python -m distmoe prepare CONFIG` downloads it"
-    try:
-        if not path.is_file():
-            raise UserError(
-                f"data.name={data.name}: original file {path} not found; data.root ({data.root}) must hold the set in "
-                f"torchvision's layout; {fix}"
-            )
-        whole = check_integrity(path, md5) if md5 else path.stat().st_size > 0
-    except OSError as error:
-        raise UserError(f"data.name={data.name}: {path} cannot be read ({error.strerror}); mend its access") from None
-    if not whole:
-        state = "differs from the published checksum" if md5 else "is empty"
-        raise UserError(f"data.name={data.name}: {path} {state}, it is damaged or another file; delete it, then {fix}")
+def _check_present(data: DataSection, path: Path) -> None:
+    if not path.is_file():
+        raise UserError(
+            f"data.name={data.name}: original file {path} not found; data.root ({data.root}) must hold the set in "
+            f"torchvision's layout; {_FIX}"
+        )
+    if not os.access(path, os.R_OK):
+        raise UserError(f"data.name={data.name}: original file {path} may not be read; mend its access rights")
+
+
+def _check_sum(data: DataSection, path: Path, md5: str | None) -> None:
+    if md5 and not check_integrity(path, md5):
+        raise UserError(
+            f"data.name={data.name}: {path} differs from its published checksum, it is damaged or another file; "
+            f"delete it, then {_FIX}"
+        )
+
+
+def _have_sums(files: dict[Path, str | None]) -> bool:
+    """Whether torchvision knows a checksum of each unpacked file: of CIFAR yes, of MNIST no."""
+    return all(files.values())
 
 
 def _malformed(data: DataSection, split: SplitName, reason: str) -> str:
     stem = "train" if split == "train" else "t10k"
     files = _files(data)
-    names = " or ".join(str(path) for path in files if md5_checked(files) or path.name.startswith(stem))
-    return (
-        f"data.name={data.name}: {names} is damaged or another file ({_shorten(reason)}); delete it, then "
-        "`python -m distmoe prepare CONFIG` downloads it again"
-    )
+    names = " or ".join(str(path) for path in files if _have_sums(files) or path.name.startswith(stem))
+    return f"data.name={data.name}: {names} is damaged or another file ({_shorten(reason)}); delete it, then {_FIX}"
 
 
 def _shorten(text: str) -> str:
