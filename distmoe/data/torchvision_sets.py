@@ -60,7 +60,7 @@ def load(data: DataSection, split: SplitName) -> Split:
             _check_sum(data, path, md5)
         raise UserError(_malformed(data, split, f"{type(error).__name__}: {error}")) from error
     inputs = np.ascontiguousarray(inputs if inputs.ndim == 4 else inputs[..., None])
-    names = tuple(str(name).rpartition(" - ")[2] for name in original.classes)  # MNIST's are "0 - zero"
+    names = tuple(str(name).partition(" - ")[0] for name in original.classes)  # MNIST's are "0 - zero"
     expected = (_NUM_SAMPLES[data.name][split], *((32, 32, 3) if _have_sums(files) else (28, 28, 1)))
     if inputs.shape != expected or inputs.dtype != np.uint8 or labels.shape != expected[:1]:
         found = f"images {inputs.shape} {inputs.dtype} and {labels.size} labels, not {expected} uint8"
