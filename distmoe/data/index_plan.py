@@ -25,6 +25,7 @@ class PlannedBatch:
         sample_ids: (rows,) int64, of the same length for every planned batch of a plan; padded by repeats at the end.
         num_valid: How many of ``sample_ids`` count, from the front; may be 0.
         step_samples: Valid samples of the whole optimizer step, over ranks and micro-batches.
+        micro_samples: Valid samples of this micro-batch, over ranks.
     """
 
     step: int
@@ -32,6 +33,7 @@ class PlannedBatch:
     sample_ids: Tensor
     num_valid: int
     step_samples: int
+    micro_samples: int
 
 
 def split_validation(num_samples: int, validation_size: int) -> tuple[Tensor, Tensor]:
@@ -144,8 +146,9 @@ class IndexPlan:
     def _slice(self, batch: Tensor, step: int, micro: int) -> PlannedBatch:
         # A partial batch is spread evenly over its micro-batches, so that none has next to no samples for its
         # batch statistics. Over ranks it is not: fixed offsets keep routing groups of n images on one rank.
-        first = micro * len(batch) // self.accumulation + self.rank * self.rows
-        last = min((micro + 1) * len(batch) // self.accumulation, first + self.rows)
+        start, end = (number * len(batch) // self.accumulation for number in (micro, micro + 1))
+        first = start + self.rank * self.rows
+        last = min(end, first + self.rows)
         valid = batch[first:last]
         padding = batch[:1].expand(self.rows - len(valid))
-        return PlannedBatch(step, micro, torch.cat([valid, padding]), len(valid), len(batch))
+        return PlannedBatch(step, micro, torch.cat([valid, padding]), len(valid), len(batch), end - start)

@@ -105,6 +105,9 @@ def test_ranks_and_micro_batches_of_a_step_make_up_its_global_batch(
         # Micro-batch by micro-batch and rank by rank, the slices are the global batch in its own order.
         shares = [planned[whole.step * accumulation + micro] for micro in range(accumulation) for planned in ranks]
         assert {(share.step, share.step_samples) for share in shares} == {(whole.step, whole.num_valid)}
+        for micro in range(accumulation):
+            of_micro = [share for share in shares if share.micro == micro]
+            assert {share.micro_samples for share in of_micro} == {sum(share.num_valid for share in of_micro)}
         assert sum(share.num_valid for share in shares) == whole.num_valid
         assert valid_ids(shares) == whole.sample_ids[: whole.num_valid].tolist()
         assert {i for share in shares for i in share.sample_ids.tolist()} <= set(whole.sample_ids.tolist())
