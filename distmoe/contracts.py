@@ -30,7 +30,7 @@ class DataSpec:
         input_shape: Shape of one sample as the model sees it: (C, H, W) for images, anything else as stored.
         num_classes: Number of classes.
         class_names: One name a class.
-        mean: Per channel (images) or one value, in the units of the stored data (0..255 for uint8), of the training set.
+        mean: Of the training set, per channel (images) or one value, in the units of the stored data (uint8: 0..255).
         std: Like ``mean``; never 0.
     """
 

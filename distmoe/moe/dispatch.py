@@ -72,7 +72,9 @@ class LocalDispatcher:
         num_rows = len(x_T)
         order_A = (expert_ids_A * num_rows + row_ids_A).argsort(stable=True)
         sorted_row_ids_A = row_ids_A.index_select(0, order_A)
-        rows_per_expert_L = torch.bincount(expert_ids_A, minlength=self.num_experts).cpu()  # sync: the experts split by it
+        rows_per_expert_L = torch.bincount(
+            expert_ids_A, minlength=self.num_experts
+        ).cpu()  # sync: the experts split by it
         return x_T.index_select(0, sorted_row_ids_A), rows_per_expert_L, LocalPlan(num_rows, order_A, sorted_row_ids_A)
 
     def gather(self, outputs: Tensors, plan: LocalPlan) -> Tensors:

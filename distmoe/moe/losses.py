@@ -30,6 +30,12 @@ def no_reduction(sums: Sums) -> Sums:
     return sums
 
 
+def add_sums(totals: Sums, more: Sums) -> None:
+    """Adds ``more`` to ``totals`` in place, name by name."""
+    for name, value in more.items():
+        totals[name] = totals[name] + value if name in totals else value
+
+
 class AuxiliaryLoss(Protocol):
     """One scalar from the routings of all ranks."""
 
@@ -46,7 +52,7 @@ class LoadBalanceLoss:
     """1 where tokens spread evenly over the experts, up to E where all go to one.
 
     ``E * sum_e f_e * P_e`` with f_e the share of assignments and P_e the mean probability of expert e. Gradients flow
-    through P only; f is a count, taken before nothing is dropped is known to the gate's caller, i.e. of kept assignments.
+    through P only; f is a count of the assignments that were kept.
 
     Source: Fedus et al. 2021, eq. 4-6 (arXiv:2101.03961). Differs: with k > 1 every choice counts.
     """

@@ -14,14 +14,13 @@ from tests.conftest import REPOSITORY
 MAX_LINES = 400
 
 # A unit is the first part of a module's path under distmoe/. Imports point one way: to the units named here.
-BASE = {"contracts", "noise", "config_io", "config"}
+BASE = {"contracts", "noise", "config"}
 TRAINING = BASE | {"data", "moe", "models", "parallel"}
 TRAIN = TRAINING | {"training"}
 MAY_IMPORT = {
     "contracts": set[str](),
     "noise": set[str](),
-    "config_io": {"contracts"},
-    "config": {"contracts", "config_io"},
+    "config": {"contracts"},
     "data": BASE,
     "moe": BASE,
     "models": BASE | {"moe"},

@@ -16,8 +16,8 @@ class TopKGate(Gate):
     """Softmax over all experts, then the k largest, weighted by their probability.
 
     Ties go to the lower expert id. Under capacity, an expert takes at most ``ceil(capacity_factor * k * n / E)`` rows
-    of a routing group of n tokens: all first choices before all second choices, and inside a choice in row order (GShard's
-    rule). What is over is dropped; the weights of what stays are not changed.
+    of a routing group of n tokens: all first choices before all second choices, and inside a choice in row order
+    (GShard's rule). What is over is dropped; the weights of what stays are not changed.
 
     Args:
         network: Maps tokens to logits (T, E).
@@ -55,7 +55,7 @@ class TopKGate(Gate):
 
     @property
     def experts_per_row(self) -> float:
-        """k."""
+        """K."""
         return float(self.k)
 
     def route(self, x_T: Tensor, context: Context) -> Routing:
@@ -108,5 +108,3 @@ class TopKGate(Gate):
         rows_in_group_T = torch.bincount(group_ids_T)[group_ids_T]
         capacity_T = (rows_in_group_T * (self.k * self.capacity_factor / self.num_experts)).ceil()
         return (places.view(self.k, num_rows) < capacity_T).T.flatten()
-
-

@@ -21,7 +21,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
             if key in seen:
@@ -46,7 +46,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"config {path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
     except UnicodeDecodeError:
         raise UserError(f"config {path}: not UTF-8 text; give the path of a YAML file") from None
-    values = _parse(text, f"config {path}")
+    values = parse_yaml(text, f"config {path}")
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -69,7 +69,7 @@ def merge_overrides(values: dict[str, Any], overrides: tuple[str, ...] | list[st
             section = section[part]
             if not isinstance(section, dict):
                 raise UserError(f"override {override!r}: {part} is a value, not a section with fields")
-        section[parts[-1]] = _parse(text, f"override {override!r}")
+        section[parts[-1]] = parse_yaml(text, f"override {override!r}")
     return merged
 
 
@@ -80,13 +80,19 @@ def to_yaml(values: dict[str, Any]) -> str:
 
 def describe_errors(error: ValidationError, schema: type[BaseModel]) -> str:
     """All problems of a failed validation, one a line: path, value, what is allowed, the fix."""
-    lines = sorted({_describe(problem, schema) for problem in error.errors(include_url=False)})
+    by_place: dict[str, list[str]] = {}
+    for problem in error.errors(include_url=False):
+        place, allowed = _describe(problem, schema)
+        by_place.setdefault(place, []).append(allowed)
+    # A union of types fails once for each of them: one line says what any of them would allow.
+    lines = sorted(place + " or ".join(dict.fromkeys(allowed)) for place, allowed in by_place.items())
     return lines[0] if len(lines) == 1 else f"{len(lines)} problems\n" + "\n".join(f"  {line}" for line in lines)
 
 
-def _parse(text: str, source: str) -> Any:
+def parse_yaml(text: str, source: str) -> Any:
+    """The values in a YAML text; ``source`` names it in the error message."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
+        return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         where = getattr(error, "problem_mark", None)
         place = f" at line {where.line + 1}, column {where.column + 1}" if where else ""
@@ -98,22 +104,39 @@ def _copy(values: Any) -> Any:
     return {key: _copy(value) for key, value in values.items()} if isinstance(values, dict) else values
 
 
-def _describe(problem: Any, schema: type[BaseModel]) -> str:
+def _describe(problem: Any, schema: type[BaseModel]) -> tuple[str, str]:
+    """The place with the wrong value, and what is allowed there."""
     parts, fields = _walk(problem["loc"], schema)
     path, kind = ".".join(parts), problem["type"]
     value, details = problem["input"], problem.get("ctx", {})
     if kind == "extra_forbidden":
         close = difflib.get_close_matches(parts[-1], fields, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known keys here: {', '.join(fields) or 'none'}"
-        return f"{path}: unknown key; {hint}"
+        return f"{path}: unknown key; {hint}", ""
     if kind == "value_error":
-        return str(details["error"])
+        return str(details["error"]), ""
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         tag = value.get("name") if isinstance(value, dict) else None
         given = f" ({tag!r})" if tag is not None else ""
-        return f"{path}.name{given}: must be one of {details.get('expected_tags') or ', '.join(_tags(problem, schema))}"
-    message = problem["msg"].removeprefix("Input should be ").removeprefix("a ").removeprefix("an ")
-    return f"{path} ({_shorten(value)}): must be {message}"
+        tags = details.get("expected_tags") or ", ".join(repr(one) for one in _tags(problem, schema))
+        return f"{path}.name{given}: must be ", f"one of {tags}"
+    return f"{path} ({_shorten(value)}): must ", _allowed(kind, problem["msg"], details, fields)
+
+
+def _allowed(kind: str, message: str, details: dict[str, Any], fields: list[str]) -> str:
+    """What is allowed instead, in words that follow "must"."""
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return f"be a section with fields: {', '.join(fields)}"
+    known = {
+        "missing": "be given",
+        "tuple_type": "be a list",
+        "string_pattern_mismatch": "be text that matches {pattern}",
+        "string_too_short": "have at least {min_length} character",
+        "string_too_long": "have at most {max_length} characters",
+        "too_short": "have at least {min_length} item",
+        "too_long": "have at most {max_length} items",
+    }
+    return known[kind].format(**details) if kind in known else message.removeprefix("Input should ")
 
 
 def _walk(location: tuple[int | str, ...], schema: type[BaseModel]) -> tuple[list[str], list[str]]:
@@ -130,13 +153,17 @@ def _walk(location: tuple[int | str, ...], schema: type[BaseModel]) -> tuple[lis
         if matching:
             parts.append(item)
             choices = [found for model in matching for found in _models_in(model.model_fields[item].annotation)]
-            fields = list(dict.fromkeys(name for model in matching for name in model.model_fields)) if not choices else []
+            fields = _field_names(choices or matching)
         elif tagged:
             choices = tagged
         elif item == location[-1] and choices:
             parts.append(item)
-            fields = list(dict.fromkeys(name for model in choices for name in model.model_fields))
+            fields = _field_names(choices)
     return parts, fields
+
+
+def _field_names(models: list[type[BaseModel]]) -> list[str]:
+    return list(dict.fromkeys(name for model in models for name in model.model_fields))
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:

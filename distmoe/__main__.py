@@ -1,0 +1,5 @@
+"""``python -m distmoe``."""
+
+from distmoe.cli import main
+
+main()

@@ -1,0 +1,143 @@
+"""The command line: ``python -m distmoe COMMAND``.
+
+Commands import what they need when they run, through :func:`_load`: ``--help`` and a wrong option answer at once.
+"""
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from distmoe.config import load_config
+from distmoe.contracts import UserError
+
+app = typer.Typer(
+    help="Train Mixture-of-Experts image classifiers, watch them, resume them, see what the experts learned.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Config = Annotated[
+    Path, typer.Argument(help="YAML file with a complete run, e.g. configs/smoke.yaml.", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[SECTION.FIELD=VALUE]...", help="Changes to the file, e.g. optim.lr=0.01 seed=3.", show_default=False
+    ),
+]
+Run = Annotated[Path, typer.Argument(help="Folder of a trained run, e.g. runs/smoke.", show_default=False)]
+
+
+@app.command()
+def train(config: Config, overrides: Overrides = None) -> None:
+    """Train a run, test it once, and write its folder (run.dir/run.name).
+
+    Prepares the data first where needed; never downloads. Ctrl-C or SIGTERM: save, exit with 130 or 143; continue
+    with run.resume=true.
+    """
+    run_config = load_config(config, overrides or [])
+    module = _load("distmoe.train")
+    try:
+        summary = module.train(run_config)
+    except module.Interrupted as stop:
+        raise SystemExit(128 + stop.signal_number) from None
+    if summary is not None:
+        folder = Path(run_config.run.dir) / str(run_config.run.name)
+        typer.echo(_finished(summary, folder))
+
+
+@app.command()
+def evaluate(run: Run, overrides: Overrides = None) -> None:
+    """Test a trained run: accuracy, accuracy of each class, and what the experts do.
+
+    Writes evaluation.json into the run's folder where nothing is overridden. With moe.gate.k=1, fewer experts at
+    test time.
+    """
+    typer.echo(_load("distmoe.evaluate").evaluate_run(run, overrides or []))
+
+
+@app.command()
+def prepare(config: Config, overrides: Overrides = None) -> None:
+    """Download the data set if it is missing, and write its prepared files.
+
+    The only command, besides launch/smoke.sh, that uses the network.
+    """
+    run_config = load_config(config, overrides or [])
+    _load("distmoe.data.datasets").download(run_config.data)
+    prepared = _load("distmoe.data.beton").prepare(run_config.data)
+    for name, split in prepared.splits.items():
+        typer.echo(f"{name}: {split.num_samples} samples in {split.path}")
+
+
+@app.command()
+def export(run: Run, out: Annotated[Path, typer.Argument(help="File to write, ending in .safetensors.")]) -> None:
+    """Write the trained model of a run to one file that distmoe.load_model reads."""
+    typer.echo(f"wrote {_load('distmoe.training.loading').export_model(run, out)}")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, e.g. runs/smoke.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder for the figures and the table.")] = Path("report"),
+) -> None:
+    """Draw the learning curves of runs side by side, and the class-by-expert heat maps of each."""
+    for path in _load("distmoe.studies.report").write_report(runs, out):
+        typer.echo(f"wrote {path}")
+
+
+@app.command()
+def plan(config: Config, overrides: Overrides = None) -> None:
+    """Say what a run would do, without doing it: data, steps, parameters, work of an image."""
+    typer.echo(_load("distmoe.evaluate").describe_plan(load_config(config, overrides or [])))
+
+
+bench_app = typer.Typer(
+    help="Measure a part beside its peer, interleaved in one run.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(bench_app, name="bench")
+
+
+@bench_app.command("loader")
+def bench_loader(
+    config: Config,
+    overrides: Overrides = None,
+    rounds: Annotated[int, typer.Option(min=2, help="Timed rounds of each path, in turn.")] = 7,
+) -> None:
+    """Images/s of FFCV, of torchvision's DataLoader and of the resident loader; data wait of a training step."""
+    typer.echo(_load("distmoe.bench.loader").bench_loader(load_config(config, overrides or []), rounds))
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Runs a command. Exit codes: 0 done, 1 our defect, 2 the user can mend it, 130 and 143 stopped by a signal."""
+    try:
+        app(arguments, standalone_mode=True)
+    except UserError as error:
+        sys.stderr.write(f"distmoe: error: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("distmoe: stopped\n")
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _load(name: str) -> Any:
+    module = importlib.import_module("distmoe.parallel.runtime")
+    module.set_up_logging()
+    return importlib.import_module(name)
+
+
+def _finished(summary: dict[str, Any], folder: Path) -> str:
+    return "\n".join(
+        [
+            f"test accuracy        {summary['test_accuracy']:.4f}  (checkpoint of step {summary['selected_step']})",
+            f"training             {summary['train_seconds']:.1f} s, {summary['images_per_second']:.0f} images/s",
+            f"checkpoints          {folder / 'checkpoints'}",
+            f"TensorBoard          tensorboard --logdir {folder / 'tensorboard'}",
+            f"what experts learned python -m distmoe evaluate {folder}",
+        ]
+    )

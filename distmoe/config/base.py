@@ -1,0 +1,22 @@
+"""What all sections of a configuration share: strictness, and the kinds of numbers."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
+
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+# YAML has lists only; the config holds tuples so that it stays hashable and frozen.
+AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+Widths = Annotated[tuple[PositiveInt, ...], Field(min_length=1), AsTuple]
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, strict about types, refuses unknown keys, NaN and infinity."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )

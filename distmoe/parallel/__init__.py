@@ -1,0 +1,1 @@
+"""Everything that knows about other processes."""

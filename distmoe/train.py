@@ -1,0 +1,299 @@
+"""The main flow: config -> runtime -> data -> model -> engine -> fit -> test."""
+
+import importlib.metadata
+import logging
+import platform
+import signal
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from distmoe.config import RunConfig
+from distmoe.contracts import UserError
+from distmoe.parallel.runtime import open_runtime, process_start_time
+from distmoe.training.checkpoint import Best, CheckpointFolder, Progress
+from distmoe.training.cost import measure_cost
+from distmoe.training.metrics import Interval, MetricsFile
+from distmoe.training.profile import Profile
+from distmoe.training.progress_bar import ProgressBar
+from distmoe.training.run_folder import RunFolder, write_json
+from distmoe.training.session import Session, open_session
+from distmoe.training.step import train_step
+from distmoe.training.tensorboard import TensorBoardLog
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("distmoe", "torch", "torchvision", "accelerate", "ffcv", "deepspeed", "numpy")
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error
+    """The run was asked to stop by a signal, and has saved.
+
+    Attributes:
+        signal_number: SIGINT or SIGTERM.
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal.Signals(signal_number).name)
+        self.signal_number = signal_number
+
+
+@dataclass
+class Clock:
+    """Times of a run, in seconds.
+
+    Attributes:
+        step_s: Spent in optimizer steps, waiting for data included.
+        samples: Trained on, meanwhile.
+        first_step_s: From the start of the process to the end of the first step.
+    """
+
+    step_s: float = 0.0
+    samples: int = 0
+    first_step_s: float | None = None
+    started: float = field(default_factory=time.perf_counter)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where a run writes."""
+
+    folder: RunFolder
+    checkpoints: CheckpointFolder
+    metrics: MetricsFile
+    tensorboard: TensorBoardLog
+    bar: ProgressBar
+
+
+def train(config: RunConfig) -> dict[str, Any] | None:
+    """Trains a run, tests it once, and writes its folder.
+
+    Returns:
+        The content of ``summary.json``, or None where ``train.stop_after_steps`` ended it early.
+
+    Raises:
+        UserError: Something in the configuration, the data, the folder or an earlier checkpoint is wrong, or the loss
+            is not finite any more.
+        Interrupted: SIGINT or SIGTERM came; the run has saved and can be resumed.
+    """
+    folder = RunFolder.of(config)
+    with open_runtime(config) as runtime:
+        resume = config.run.resume or runtime.restarts > 0
+        folder.check_free(resume)
+        with open_session(config, runtime) as session:
+            checkpoints = folder.checkpoints(config.run.keep_checkpoints)
+            if resume and (state := checkpoints.newest()) is not None:
+                session.restore(state)
+                logger.info("resuming %s from step %d of %d", folder.path, state.progress.step, session.total_steps)
+                if session.finished and (summary := folder.read_summary()) is not None:
+                    logger.info("it is finished: test accuracy %.4f", summary["test_accuracy"])
+                    return summary
+            folder.open(config)
+            _log_start(session, folder)
+            clock = Clock()
+            with ExitStack() as stack:
+                outputs = Outputs(
+                    folder=folder,
+                    checkpoints=checkpoints,
+                    metrics=stack.enter_context(MetricsFile(folder.metrics_file, session.progress.step)),
+                    tensorboard=stack.enter_context(TensorBoardLog(folder.tensorboard, session.progress.step)),
+                    bar=stack.enter_context(ProgressBar(session.total_steps, session.progress.step)),
+                )
+                if not fit(session, outputs, clock):
+                    logger.info("stopped after %d steps, as train.stop_after_steps says", session.progress.step)
+                    return None
+                train_seconds = time.perf_counter() - clock.started
+                return _test(session, outputs, _summary(session, clock, train_seconds))
+
+
+def fit(session: Session, outputs: Outputs, clock: Clock) -> bool:
+    """Trains from the session's progress to the end, epoch by epoch.
+
+    Returns:
+        False where ``train.stop_after_steps`` ended it before.
+    """
+    config = session.config
+    finished = session.finished
+    with Profile(config.train.profile_steps, outputs.folder.path) as profile:
+        while not finished:
+            if not _train_epoch(session, outputs, clock, profile):
+                return False
+            epoch, finished = session.progress.epoch, session.progress.step == session.total_steps
+            if finished or (epoch + 1) % config.train.evaluate_every_epochs == 0:
+                _validate(session, outputs)
+            session.progress = replace(session.progress, epoch=epoch + 1, epoch_step=0)
+            outputs.checkpoints.save(session.state())
+    return True
+
+
+def _train_epoch(session: Session, outputs: Outputs, clock: Clock, profile: Profile) -> bool:
+    """The rest of the current epoch, or of the run; False where the run is to stop early."""
+    train_section, epoch = session.config.train, session.progress.epoch
+    planned = session.plan.epoch(epoch, session.progress.epoch_step)
+    remaining = (session.total_steps - session.progress.step) * train_section.accumulation
+    interval = Interval()
+    marks = _Marks(session, clock)
+    with session.feed.training_steps(planned[:remaining], epoch) as steps:
+        for micro_batches in steps:
+            started = time.perf_counter()
+            step = session.progress.step
+            result = train_step(session.engine, session.model, session.config, step, micro_batches)
+            if session.average is not None:
+                session.average.update(step)
+            session.progress = Progress(step + 1, epoch, session.progress.epoch_step + 1)
+            interval.add(result)
+            clock.step_s += time.perf_counter() - started
+            clock.samples += int(result.step_samples)
+            if clock.first_step_s is None:
+                clock.first_step_s = time.time() - process_start_time()
+            profile.step()
+            outputs.bar.update(session.progress.step)
+            _after_step(session, outputs, interval, marks)
+            if _asked_to_stop(session, outputs):
+                return False
+    return True
+
+
+def _after_step(session: Session, outputs: Outputs, interval: Interval, marks: "_Marks") -> None:
+    """Checks, logs and saves where it is due."""
+    section, step = session.config.train, session.progress.step
+    log_due = step % section.log_every_steps == 0 or step == session.total_steps
+    save_due = section.checkpoint_every_steps is not None and step % section.checkpoint_every_steps == 0
+    last_of_epoch = session.progress.epoch_step == session.plan.num_steps
+    if log_due or save_due or last_of_epoch or session.runtime.device.type == "cpu":
+        _check_finite(session, outputs, interval)
+    if log_due:
+        weights = session.config.moe.loss_weights.model_dump() if session.config.moe else {}
+        numbers = {"step": step, "epoch": session.progress.epoch, **interval.describe(weights), **marks.rates()}
+        outputs.metrics.write(numbers)
+        outputs.tensorboard.training(numbers, interval.expert_loads(), step)
+        outputs.bar.log(numbers)
+        interval.clear()
+    if save_due and not last_of_epoch:  # after the last step of an epoch its evaluation comes first
+        outputs.checkpoints.save(session.state())
+
+
+def _asked_to_stop(session: Session, outputs: Outputs) -> bool:
+    """Saves and stops where a signal came or ``train.stop_after_steps`` is reached."""
+    step, limit = session.progress.step, session.config.train.stop_after_steps
+    signal_number = session.runtime.stop_signal
+    if signal_number is None and (limit is None or step < limit or step == session.total_steps):
+        return False
+    path = outputs.checkpoints.save(session.state())
+    if signal_number is not None:
+        logger.info("saved %s; go on with run.resume=true", path)
+        raise Interrupted(signal_number)
+    return True
+
+
+def _check_finite(session: Session, outputs: Outputs, interval: Interval) -> None:
+    if not interval.finite():
+        saved = outputs.checkpoints.steps()
+        kept = (
+            f"the last good checkpoint is {outputs.checkpoints.path(saved[-1])}"
+            if saved
+            else "there is no checkpoint yet"
+        )
+        raise UserError(
+            f"training diverged: loss or gradient is not finite at step {session.progress.step}; {kept}. "
+            "Lower optim.lr, set train.clip_norm, or use train.precision=fp32"
+        )
+
+
+def _validate(session: Session, outputs: Outputs) -> None:
+    """Evaluates on the validation set and keeps count of the best."""
+    if session.evaluation_plans["validation"].num_samples == 0:
+        return
+    result = session.evaluate("validation")
+    step = session.progress.step
+    if session.best is None or result.accuracy > session.best.accuracy:
+        session.best = Best(step, result.accuracy)
+    _record(session, outputs, "validation", result)
+
+
+def _record(session: Session, outputs: Outputs, split: str, result: Any) -> None:
+    step, epoch = session.progress.step, session.progress.epoch
+    line = {"step": step, "epoch": epoch, "split": split, "accuracy": result.accuracy, "loss": result.loss}
+    outputs.metrics.write(line)
+    outputs.tensorboard.evaluation(split, result, session.data.spec, step)
+    outputs.bar.log(line)
+
+
+def _test(session: Session, outputs: Outputs, summary: dict[str, Any]) -> dict[str, Any]:
+    """Puts the selected weights in and touches the test set, once."""
+    state = outputs.folder.selected(session.config.train.select)
+    session.select(state)
+    result = session.evaluate_current("test")
+    _record(session, outputs, "test", result)
+    summary = {"test_accuracy": result.accuracy, "selected_step": state.progress.step, **summary}
+    write_json(outputs.folder.path / "evaluation.json", result.describe(session.data.spec))
+    outputs.folder.write_summary(summary)
+    return summary
+
+
+def _summary(session: Session, clock: Clock, train_seconds: float) -> dict[str, Any]:
+    cost = measure_cost(session.module, session.data.spec)
+    step_s = max(clock.step_s, 1e-9)
+    return {
+        "best_validation_accuracy": session.best.accuracy if session.best else None,
+        "train_seconds": train_seconds,
+        "first_step_seconds": clock.first_step_s,
+        "images_per_second": clock.samples / step_s,
+        "data_wait_share": session.feed.wait_s / step_s,
+        "augment_share": session.feed.augment_s / step_s,
+        "num_parameters": cost.num_parameters,
+        "num_active_parameters": cost.num_active_parameters,
+        "active_flops_per_image": cost.active_flops_per_image,
+        "steps": session.progress.step,
+        "seed": session.config.seed,
+        "world_size": session.runtime.world_size,
+        "expert_parallel_size": 1,
+        "num_threads": session.runtime.num_threads,
+        "device": str(session.runtime.device),
+        "versions": {"python": platform.python_version(), **_versions()},
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _log_start(session: Session, folder: RunFolder) -> None:
+    config, spec = session.config, session.data.spec
+    cost = measure_cost(session.module, spec)
+    logger.info(
+        "%s: %s on %s, %s parameters (%s active), %d steps, %s, %s, %d threads",
+        folder.path, config.model.name, spec.name, f"{cost.num_parameters:,}", f"{cost.num_active_parameters:,}",
+        session.total_steps, session.runtime.device, config.train.precision, session.runtime.num_threads,
+    )  # fmt: skip
+
+
+class _Marks:
+    """Rates since the last time they were asked for."""
+
+    def __init__(self, session: Session, clock: Clock) -> None:
+        self._session, self._clock = session, clock
+        self._last = self._now()
+
+    def rates(self) -> dict[str, float]:
+        """Learning rate, images/s and the shares of waiting and augmenting in step time."""
+        now = self._now()
+        step_s, samples, wait_s, augment_s = (new - old for new, old in zip(now, self._last, strict=True))
+        self._last = now
+        step_s = max(step_s, 1e-9)
+        return {
+            "lr": self._session.engine.learning_rate(),
+            "images_per_second": samples / step_s,
+            "data_wait_share": wait_s / step_s,
+            "augment_share": augment_s / step_s,
+        }
+
+    def _now(self) -> tuple[float, float, float, float]:
+        return self._clock.step_s, float(self._clock.samples), self._session.feed.wait_s, self._session.feed.augment_s

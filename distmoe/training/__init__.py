@@ -1,0 +1,1 @@
+"""Training: optimizer, schedule, one step, evaluation, metrics, checkpoints."""

@@ -1,0 +1,139 @@
+"""Trained models back from a run's folder or an exported file, and the export."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from distmoe.config import RunConfig, config_to_yaml, load_config, parse_config
+from distmoe.config.io import merge_overrides, parse_yaml
+from distmoe.contracts import Context, DataSpec, UserError
+from distmoe.models import build_model
+from distmoe.models.protocol import ModelOutput
+from distmoe.training.checkpoint import spec_from_json, spec_to_json
+from distmoe.training.run_folder import RunFolder
+
+
+class TrainedModel(nn.Module):
+    """A trained network with what is needed to use it.
+
+    Attributes:
+        network: The model.
+        config: The run it comes from.
+        spec: The data it was trained on: input shape, class names.
+    """
+
+    def __init__(self, network: nn.Module, config: RunConfig, spec: DataSpec) -> None:
+        super().__init__()
+        self.network = network
+        self.config = config
+        self.spec = spec
+
+    def forward(self, images: Tensor) -> ModelOutput:
+        """(B, C, H, W) uint8 images, as stored and not normalised, to scores and routings."""
+        context = Context(self.config.seed, 0, torch.arange(len(images), device=images.device), training=False)
+        output: ModelOutput = self.network(images, context)
+        return output
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Tensor:
+        """(B, num_classes) float32 class probabilities."""
+        return self(images).scores.float().softmax(-1)  # of log probabilities it gives the probabilities back
+
+
+def load_model(source: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> TrainedModel:
+    """A trained model in evaluation mode, on the CPU.
+
+    Args:
+        source: The folder of a run (the checkpoint that was selected for its test is taken) or an exported
+            ``.safetensors`` file.
+        overrides: Changes of its configuration, e.g. ``["moe.gate.k=1"]`` for fewer experts an image.
+
+    Raises:
+        UserError: There is no trained model there, it is damaged, or an override does not fit its weights.
+    """
+    config, spec, weights = _read(Path(source), overrides)
+    network = build_model(config, spec)
+    load_inference_weights(network, weights, str(source))
+    return TrainedModel(network, config, spec).eval()
+
+
+def export_model(run: str | Path, target: str | Path) -> Path:
+    """Writes one file that holds the trained model of a run: weights, configuration and data description.
+
+    Raises:
+        UserError: The run has no trained model, or the file cannot be written.
+    """
+    target = Path(target)
+    if target.suffix != ".safetensors":
+        raise UserError(f"export to {target}: the name must end in .safetensors")
+    config, spec, weights = _read(RunFolder.existing(run).path, ())
+    metadata = {"config": config_to_yaml(config), "spec": json.dumps(spec_to_json(spec))}
+    temporary = target.with_name(target.name + ".tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: weight.contiguous() for name, weight in weights.items()}, temporary, metadata)
+        temporary.replace(target)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"export to {target}: cannot be written ({error}); free space or choose another folder"
+        ) from None
+    return target
+
+
+def read_inference_weights(source: str | Path) -> dict[str, Tensor]:
+    """The weights and buffers of a run's selected checkpoint or of an exported file."""
+    return _read(Path(source), ())[2]
+
+
+def load_inference_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Copies weights and buffers into a model by name.
+
+    Raises:
+        UserError: A name is missing or too many, or a shape differs; the message lists the first of them.
+    """
+    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    problems = [f"{name} is missing" for name in own.keys() - weights.keys()]
+    problems += [f"{name} is not in this model" for name in weights.keys() - own.keys()]
+    problems += [
+        f"{name} has shape {list(weights[name].shape)}, this model's has {list(own[name].shape)}"
+        for name in own.keys() & weights.keys()
+        if own[name].shape != weights[name].shape
+    ]
+    if problems:
+        shown = "; ".join(sorted(problems)[:3])
+        raise UserError(
+            f"{source}: {len(problems)} of its tensors do not fit model.name and its settings: {shown}; "
+            "use the configuration it was trained with"
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])
+
+
+def _read(source: Path, overrides: tuple[str, ...] | list[str]) -> tuple[RunConfig, DataSpec, dict[str, Tensor]]:
+    if source.is_dir():
+        folder = RunFolder.existing(source)
+        config = load_config(folder.config_file, overrides)
+        state = folder.selected(config.train.select)
+        return config, state.spec, state.inference_weights()
+    if not source.is_file():
+        raise UserError(f"model {source}: no such folder or file; give a run's folder or an exported .safetensors file")
+    try:
+        with safe_open(source, framework="pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        values = parse_yaml(metadata["config"], str(source))
+        spec = spec_from_json(json.loads(metadata["spec"]))
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"model {source}: not a whole file written by `distmoe export` ({error}); export the run again"
+        ) from None
+    return parse_config(merge_overrides(values, overrides), str(source)), spec, weights

@@ -1,0 +1,127 @@
+"""Metrics of a run: one JSON line a log interval or evaluation.
+
+``metrics.jsonl`` is the record; TensorBoard and the console show the same numbers. Keys: docs/metrics.md.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from distmoe.contracts import UserError
+from distmoe.moe.losses import add_sums
+from distmoe.moe.measures import describe_routing, routing_sums
+from distmoe.training.step import StepResult
+
+
+class MetricsFile:
+    """``metrics.jsonl``: appended line by line, each line flushed.
+
+    Args:
+        path: The file.
+        resume_step: Lines of later steps are cut off: they belong to a past that did not happen.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        self.path = path
+        kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if path.exists() else []
+        try:
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            temporary.replace(path)
+            self._file = path.open("a")
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot be written ({error.strerror}); free space or choose another run.dir"
+            ) from None
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Appends one line."""
+        try:
+            self._file.write(json.dumps(values) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}); free space and resume") from None
+
+    def __enter__(self) -> "MetricsFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a metrics file; a line cut off by a crash ends it."""
+    for text in path.read_text(errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            return
+        if not isinstance(line, dict) or "step" not in line:
+            return
+        yield line
+
+
+class Interval:
+    """What happened since the last log line. Sums stay on the device until :meth:`describe`."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Starts anew."""
+        self._sums: dict[str, Tensor] = {}
+        self._auxiliary: dict[str, Tensor] = {}
+        self._last: StepResult | None = None
+        self._steps = 0
+        self._health: Tensor | None = None
+
+    def add(self, result: StepResult) -> None:
+        """One optimizer step."""
+        add_sums(self._sums, result.sums)
+        add_sums(self._auxiliary, result.auxiliary)
+        self._last = result
+        self._steps += 1
+        total = result.total_loss
+        self._health = total if self._health is None else self._health + total
+
+    def finite(self) -> bool:
+        """Whether every loss and gradient norm of the interval was finite. Waits for the device."""
+        return self._health is None or math.isfinite(float(self._health))
+
+    def describe(self, weights: Mapping[str, float]) -> dict[str, float]:
+        """The numbers of a log line: means over the interval, and the last step's routing by layer.
+
+        Args:
+            weights: Of the auxiliary losses, for ``loss``.
+        """
+        assert self._last is not None, "nothing was added"
+        samples = float(self._sums["samples"])
+        cross_entropy = float(self._sums["loss"]) / samples
+        auxiliary = {name: float(value) / self._steps for name, value in self._auxiliary.items()}
+        numbers = {
+            "loss": cross_entropy + sum(weights[name] * value for name, value in auxiliary.items()),
+            "cross_entropy": cross_entropy,
+            **auxiliary,
+            "accuracy": float(self._sums["correct"]) / samples,
+            "gradient_norm": float(self._last.gradient_norm),
+        }
+        for layer, routing in self._last.routings.items():
+            sums = routing_sums(routing)
+            numbers |= {f"{layer}/{name}": value for name, value in describe_routing(sums).items()}
+        return numbers
+
+    def expert_loads(self) -> dict[str, Tensor]:
+        """(E,) share of the last step's assignments for each layer."""
+        assert self._last is not None, "nothing was added"
+        loads = {layer: routing.rows_per_expert().double() for layer, routing in self._last.routings.items()}
+        return {layer: (load / load.sum().clamp(min=1)).cpu() for layer, load in loads.items()}

@@ -1,0 +1,51 @@
+"""A torch profile of a few steps, written into the run's folder."""
+
+import logging
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule
+
+logger = logging.getLogger(__name__)
+
+WARMUP_STEPS = 5  # compilation, caches and the first reads are over by then
+
+
+class Profile:
+    """Records ``num_steps`` optimizer steps after the warm-up, once; does nothing for None.
+
+    Writes ``profile/trace.json`` (open it in Perfetto or chrome://tracing) and ``profile/operators.txt``.
+    """
+
+    def __init__(self, num_steps: int | None, folder: Path) -> None:
+        self._folder = folder / "profile"
+        self._stack = ExitStack()
+        self._profiler: profile | None = None
+        if num_steps is not None:
+            activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+            plan = schedule(wait=WARMUP_STEPS, warmup=1, active=num_steps, repeat=1)
+            self._profiler = profile(activities=activities, schedule=plan, on_trace_ready=self._write)
+
+    def step(self) -> None:
+        """An optimizer step is over."""
+        if self._profiler is not None:
+            self._profiler.step()
+
+    def _write(self, profiler: profile) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(self._folder / "trace.json"))
+        table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=40)
+        (self._folder / "operators.txt").write_text(table)
+        logger.info("wrote %s", self._folder)
+
+    def __enter__(self) -> "Profile":
+        if self._profiler is not None:
+            self._stack.enter_context(self._profiler)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()

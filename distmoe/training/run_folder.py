@@ -1,0 +1,159 @@
+"""The folder of a run: what is in it, when it may be used, and how things are read back from it."""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distmoe.config import RunConfig, config_to_yaml, load_config
+from distmoe.contracts import UserError
+from distmoe.training.checkpoint import CheckpointFolder, TrainingState, load_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """``run.dir/run.name/``: config.yaml, metrics.jsonl, checkpoints/, tensorboard/, profile/, summary.json."""
+
+    path: Path
+
+    @staticmethod
+    def of(config: RunConfig) -> "RunFolder":
+        """The folder a configuration writes to."""
+        return RunFolder(Path(config.run.dir) / (config.run.name or "run"))
+
+    @staticmethod
+    def existing(path: str | Path) -> "RunFolder":
+        """A folder that a run has been trained in.
+
+        Raises:
+            UserError: It is not one.
+        """
+        folder = RunFolder(Path(path))
+        if not folder.config_file.is_file():
+            raise UserError(
+                f"run {path}: no config.yaml there; give the folder of a run, run.dir/run.name of its config"
+            )
+        return folder
+
+    @property
+    def config_file(self) -> Path:
+        """The merged configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics_file(self) -> Path:
+        """One JSON line a log interval or evaluation."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary_file(self) -> Path:
+        """The results, written last."""
+        return self.path / "summary.json"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Event files."""
+        return self.path / "tensorboard"
+
+    def checkpoints(self, keep: int = 1) -> CheckpointFolder:
+        """The checkpoints; ``keep`` matters when one is saved."""
+        return CheckpointFolder(self.path / "checkpoints", keep)
+
+    def check_free(self, resume: bool) -> None:
+        """Refuses a folder that another run has been written to, before anything is written.
+
+        Raises:
+            UserError: It is not empty and the run is not to be resumed, or it is not a folder.
+        """
+        for parent in (self.path, *self.path.parents):
+            if parent.exists() and not parent.is_dir():
+                raise UserError(f"run folder {self.path}: {parent} is a file; choose another run.dir or run.name")
+        if not resume and self.path.is_dir() and any(self.path.iterdir()):
+            raise UserError(
+                f"run folder {self.path} is not empty: continue that run with run.resume=true, "
+                "or choose another run.name or run.dir"
+            )
+
+    def open(self, config: RunConfig) -> None:
+        """Makes the folder and writes the configuration.
+
+        Raises:
+            UserError: It cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if self.config_file.exists():
+                _warn_of_changes(load_config(self.config_file), config)
+            self.config_file.write_text(
+                f"# The configuration of this run, whole. To repeat it under another name:\n"
+                f"#   python -m distmoe train {self.config_file} run.name=NAME run.resume=false\n"
+                f"{config_to_yaml(config)}"
+            )
+        except OSError as error:
+            raise UserError(
+                f"run folder {self.path}: cannot be written ({error.strerror}); "
+                "make it writable or choose another run.dir"
+            ) from None
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Writes ``summary.json`` whole or not at all."""
+        write_json(self.summary_file, summary)
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """The results, or None while the run is not finished."""
+        if not self.summary_file.exists():
+            return None
+        try:
+            summary: dict[str, Any] = json.loads(self.summary_file.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.summary_file}: cannot be read ({error}); remove it and resume the run") from None
+        return summary
+
+    def selected(self, select: str) -> TrainingState:
+        """The checkpoint that is tested: the best on validation, or the last.
+
+        Raises:
+            UserError: There is no whole checkpoint, or the best one is damaged.
+        """
+        checkpoints = self.checkpoints()
+        newest = checkpoints.newest()
+        if newest is None:
+            raise UserError(f"run {self.path}: no whole checkpoint in it; train it first")
+        if select == "last" or newest.best is None or newest.best.step == newest.progress.step:
+            return newest
+        return load_checkpoint(checkpoints.path(newest.best.step))
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Writes a JSON file whole or not at all.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(json.dumps(values, indent=1) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); free space or make the folder writable"
+        ) from None
+
+
+def _warn_of_changes(before: RunConfig, now: RunConfig) -> None:
+    old, new = _flat(before.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
+    ignored = {"run.resume", "run.dir", "run.name", "train.stop_after_steps"}
+    changed = sorted(key for key in {*old, *new} - ignored if old.get(key) != new.get(key))
+    for key in changed:
+        logger.warning("resumed with another %s: %s, was %s", key, new.get(key), old.get(key))
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -1,0 +1,196 @@
+"""One training run, put together: data, model, engine, plans; and its state as a checkpoint sees it."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from distmoe.config import RunConfig, config_to_yaml
+from distmoe.contracts import UserError
+from distmoe.data.augment import Augmenter
+from distmoe.data.index_plan import IndexPlan, split_validation
+from distmoe.data.loaders import OpenData, open_data
+from distmoe.models import build_model
+from distmoe.models.protocol import Model
+from distmoe.parallel.engines import build_engine
+from distmoe.parallel.engines.protocol import Engine
+from distmoe.parallel.runtime import Runtime
+from distmoe.training.checkpoint import Best, Progress, TrainingState
+from distmoe.training.ema import WeightAverage
+from distmoe.training.evaluation import Evaluation, evaluate
+from distmoe.training.feed import Feed
+from distmoe.training.loading import load_inference_weights, read_inference_weights
+from distmoe.training.optim import build_optimizer
+from distmoe.training.schedule import build_schedule
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Session:
+    """Everything the loop needs. Made by :func:`open_session`.
+
+    Attributes:
+        config: The run.
+        runtime: The process.
+        data: The open data set.
+        module: The model itself.
+        model: What to call: the module as the engine prepared it.
+        engine: Owns the optimizer.
+        average: Averaged weights, if the run keeps them.
+        plan: Of training.
+        evaluation_plans: Of ``validation`` (may be empty) and ``test``.
+        feed: Of training, with its times.
+        total_steps: Optimizer steps of the whole run.
+        progress: Where the run is.
+        best: Best validation result so far.
+    """
+
+    config: RunConfig
+    runtime: Runtime
+    data: OpenData
+    module: nn.Module
+    model: Model
+    engine: Engine
+    average: WeightAverage | None
+    plan: IndexPlan
+    evaluation_plans: dict[str, IndexPlan]
+    augmenter: Augmenter
+    feed: Feed
+    total_steps: int
+    progress: Progress
+    best: Best | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps and the last evaluation are done."""
+        return self.progress.step == self.total_steps and self.progress.epoch_step == 0
+
+    def state(self) -> TrainingState:
+        """Everything a checkpoint holds."""
+        return TrainingState(
+            progress=self.progress,
+            parameters=self.engine.parameter_states(),
+            buffers={name: buffer.detach().cpu() for name, buffer in self.module.named_buffers()},
+            average=self.average.state() if self.average else None,
+            best=self.best,
+            scaler=self.engine.scaler_state(),
+            fingerprint=self.data.fingerprint,
+            spec=self.data.spec,
+            config_yaml=config_to_yaml(self.config),
+        )
+
+    def restore(self, state: TrainingState) -> None:
+        """Goes on from a checkpoint.
+
+        Raises:
+            UserError: It is of other data or another model.
+        """
+        if state.fingerprint != self.data.fingerprint:
+            raise UserError(
+                f"the checkpoint of step {state.progress.step} was trained on other data than data.name="
+                f"{self.config.data.name} now holds (fingerprints {state.fingerprint[:12]} and "
+                f"{self.data.fingerprint[:12]}): restore the data or start a new run"
+            )
+        if state.progress.step > self.total_steps:
+            raise UserError(
+                f"the checkpoint of step {state.progress.step} is beyond this run's {self.total_steps} steps: "
+                "set train.epochs or train.max_steps to at least as many, or start a new run"
+            )
+        weights = {name: one.weight for name, one in state.parameters.items()}
+        load_inference_weights(self.module, {**weights, **state.buffers}, f"checkpoint of step {state.progress.step}")
+        self.engine.load_parameter_states(state.parameters, state.progress.step)
+        self.engine.load_scaler_state(state.scaler)
+        if self.average is not None:
+            self.average.load(state.average if state.average is not None else weights)
+        self.progress, self.best = state.progress, state.best
+
+    def evaluate(self, split: str) -> Evaluation:
+        """Evaluates the weights as they are now, averaged where the run averages."""
+        with self.average.swapped_in() if self.average else nullcontext():
+            return self.evaluate_current(split)
+
+    def evaluate_current(self, split: str) -> Evaluation:
+        """Evaluates the model's own weights on ``validation`` or ``test``."""
+        loader = self.data.loaders["test" if split == "test" else "train"]
+        feed = Feed(loader, self.augmenter, self.runtime.device)
+        batches = feed.evaluation_batches(self.evaluation_plans[split].epoch(0))
+        num_classes = self.data.spec.num_classes
+        return evaluate(self.model, self.module, batches, num_classes, self.config.seed, self.engine.reducer)
+
+    def select(self, state: TrainingState) -> None:
+        """Puts a checkpoint's trained weights into the model, for a final evaluation."""
+        load_inference_weights(self.module, state.inference_weights(), f"checkpoint of step {state.progress.step}")
+
+
+@contextmanager
+def open_session(config: RunConfig, runtime: Runtime) -> Iterator[Session]:
+    """Opens data, model and engine, and closes them whatever happens.
+
+    Raises:
+        UserError: Anything in the configuration does not fit the data or the machine.
+    """
+    data = open_data(config.data)
+    try:
+        train_ids, validation_ids = split_validation(data.num_samples["train"], config.data.validation_size)
+        plan = IndexPlan(
+            train_ids,
+            config.data.batch_size,
+            accumulation=config.train.accumulation,
+            world_size=runtime.world_size,
+            rank=runtime.rank,
+            seed=config.seed,
+            drop_last=config.data.drop_last,
+        )
+        test_ids = torch.arange(data.num_samples["test"])
+        module = build_model(config, data.spec)
+        if config.model.init_from is not None:
+            weights = read_inference_weights(config.model.init_from)
+            load_inference_weights(module, weights, f"model.init_from {config.model.init_from}")
+        total_steps = config.train.max_steps or config.train.epochs * plan.num_steps
+        engine = build_engine(config, runtime.device)
+    except BaseException:
+        data.close()
+        raise
+    try:
+        model = engine.prepare(
+            module,
+            lambda prepared: build_optimizer(config.optim, prepared),
+            lambda optimizer, steps_done: build_schedule(config.schedule, optimizer, total_steps, steps_done),
+        )
+        augmenter = Augmenter(config.data, data.spec, config.seed)
+        yield Session(
+            config=config,
+            runtime=runtime,
+            data=data,
+            module=module,
+            model=model,
+            engine=engine,
+            average=WeightAverage(module, config.train.ema_decay) if config.train.ema_decay else None,
+            plan=plan,
+            evaluation_plans={
+                "validation": _evaluation_plan(validation_ids, config, runtime),
+                "test": _evaluation_plan(test_ids, config, runtime),
+            },
+            augmenter=augmenter,
+            feed=Feed(data.loaders["train"], augmenter, runtime.device),
+            total_steps=total_steps,
+            progress=Progress(),
+        )
+    finally:
+        engine.close()
+        data.close()
+
+
+def _evaluation_plan(sample_ids: Tensor, config: RunConfig, runtime: Runtime) -> IndexPlan:
+    return IndexPlan(
+        sample_ids,
+        config.data.eval_batch_size,
+        world_size=runtime.world_size,
+        rank=runtime.rank,
+        shuffle=False,
+        drop_last=False,
+    )
