@@ -61,10 +61,12 @@ def _read(path: Path) -> dict[str, Array]:
     if not path.is_file():
         raise UserError(f"data.path {path}: {'not a file' if path.exists() else 'does not exist'}; {hint}")
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file:
+            stored = np.load(file, allow_pickle=False)
             if not isinstance(stored, np.lib.npyio.NpzFile):
                 raise UserError(f"data.path {path}: holds a single array (.npy); {hint}, with keys inputs and labels")
-            return {key: _read_key(path, stored, key) for key in stored.files}
+            with stored:
+                return {key: _read_key(path, stored, key) for key in stored.files}
     except UserError:
         raise
     except MemoryError:

@@ -32,7 +32,7 @@ class Gate(nn.Module, ABC):
             logits_TE: Tensor = self.network(x_T.float())
         if logits_TE.shape != (len(x_T), self.num_experts):
             raise ValueError(
-                f"the gate's network gives {tuple(logits_TE.shape)}, not ({len(x_T)} tokens, {self.num_experts} experts)"
+                f"the gate's network gives {tuple(logits_TE.shape)}, not ({len(x_T)}, {self.num_experts})"
             )
         return logits_TE
 
