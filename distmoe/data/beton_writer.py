@@ -28,6 +28,17 @@ PAGE_BYTES = 1 << 23  # FFCV's default; a larger sample gets larger pages
 MAX_PAGE_BYTES = 1 << 31
 
 
+class _Pages(MemoryAllocator):
+    """FFCV's pages, with a file that is closed after an error too."""
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        try:
+            if error is None:
+                self.flush_page()
+        finally:
+            self.fp.close()
+
+
 class SerialWriter(DatasetWriter):
     """FFCV's writer without its worker processes and its progress bar."""
 
@@ -42,7 +53,7 @@ class SerialWriter(DatasetWriter):
         shared.close()
         shared.unlink()
         metadata = np.zeros(num_samples, dtype=self.metadata_type)
-        allocator = MemoryAllocator(self.fname, self.data_region_start, self.page_size)
+        allocator = _Pages(self.fname, self.data_region_start, self.page_size)
         with allocator:
             for chunk in queue_content:
                 for row, sample_id in chunk:
