@@ -11,6 +11,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 # YAML has lists only; the config holds tuples so that it stays hashable and frozen.
 AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+# No system call takes a path with a NUL in it, and Python raises ValueError where another bad path is an OSError.
+PathText = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
 Widths = Annotated[tuple[PositiveInt, ...], Field(min_length=1), AsTuple]
 
 

@@ -1,10 +1,10 @@
 """``data``: what is learned from, and how it is fed."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import PositiveInt, model_validator
 
-from distmoe.config.base import NonNegativeInt, Section, Share
+from distmoe.config.base import NonNegativeInt, PathText, Section, Share
 
 
 class AugmentSection(Section):
@@ -37,11 +37,11 @@ class DataSection(Section):
 
     name: DataName = "synthetic"
     """Data set."""
-    root: Annotated[str, Field(min_length=1)] = ".data"
+    root: PathText = ".data"
     """Folder with the original files, in torchvision's layout."""
-    prepared_dir: Annotated[str, Field(min_length=1)] | None = None
+    prepared_dir: PathText | None = None
     """Folder of the prepared ``.beton`` files; default: ``data.root``."""
-    path: Annotated[str, Field(min_length=1)] | None = None
+    path: PathText | None = None
     """The ``.npz`` file of data set ``arrays``: ``inputs``, ``labels``, optional factor columns; see docs/data.md."""
     loader: Literal["ffcv", "resident"] = "ffcv"
     """``ffcv`` reads ``.beton`` files; ``resident`` keeps the whole set in memory and needs no extra package."""

@@ -13,14 +13,22 @@ from pydantic import BaseModel, ValidationError
 from distmoe.contracts import UserError
 
 MAX_CONFIG_BYTES = 1_000_000  # far above any configuration: a data file given by mistake is refused, not parsed
+MAX_VALUES = 100_000  # the same once aliases (*name) are written out: a few lines of them can stand for billions
+_MERGE = "tag:yaml.org,2002:merge"
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads ``1e-3`` as a number and refuses a key that is given twice."""
+    """Safe YAML that reads ``1e-3`` as a number, and refuses a key that is given twice and aliases that explode."""
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        _count_values(node, {})
+        return super().construct_document(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == _MERGE:  # "<<: *name" may be overridden by the keys beside it
+                continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
@@ -30,10 +38,34 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _count_values(node: yaml.Node, counts: dict[int, int]) -> int:
+    """Values below a node with aliases written out; each node is visited once. 0 marks a node that is being visited."""
+    known = counts.get(id(node))
+    if known is not None:
+        if known == 0:
+            raise yaml.constructor.ConstructorError(
+                None, None, "an alias stands inside its own anchor", node.start_mark
+            )
+        return known
+    counts[id(node)] = 0
+    children = [one for pair in node.value for one in pair] if isinstance(node, yaml.MappingNode) else node.value
+    total = 1 + (sum(_count_values(one, counts) for one in children) if isinstance(children, list) else 0)
+    if total > MAX_VALUES:
+        reason = f"more than {MAX_VALUES} values with its aliases written out, not a configuration"
+        raise yaml.constructor.ConstructorError(None, None, reason, node.start_mark)
+    counts[id(node)] = total
+    return total
+
+
+class _Dumper(yaml.SafeDumper):
+    """Safe YAML that quotes every text :class:`_Loader` would read as something else."""
+
+
 # YAML 1.1 takes 1e-3 for text (no dot); everybody who writes a learning rate means a number.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -75,7 +107,7 @@ def merge_overrides(values: dict[str, Any], overrides: tuple[str, ...] | list[st
 
 def to_yaml(values: dict[str, Any]) -> str:
     """Plain values as YAML, keys in their order."""
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def describe_errors(error: ValidationError, schema: type[BaseModel]) -> str:
@@ -93,10 +125,12 @@ def parse_yaml(text: str, source: str) -> Any:
     """The values in a YAML text; ``source`` names it in the error message."""
     try:
         return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except RecursionError:
+        raise UserError(f"{source}: not valid YAML: nested too deeply") from None
+    except (yaml.YAMLError, ValueError, AttributeError) as error:  # AttributeError: PyYAML on a malformed !!timestamp
         where = getattr(error, "problem_mark", None)
         place = f" at line {where.line + 1}, column {where.column + 1}" if where else ""
-        reason = getattr(error, "problem", None) or type(error).__name__
+        reason = getattr(error, "problem", None) or getattr(error, "reason", None) or _shorten(str(error))
         raise UserError(f"{source}: not valid YAML{place}: {reason}") from None
 
 
@@ -119,7 +153,7 @@ def _describe(problem: Any, schema: type[BaseModel]) -> tuple[str, str]:
         tag = value.get("name") if isinstance(value, dict) else None
         given = f" ({tag!r})" if tag is not None else ""
         tags = details.get("expected_tags") or ", ".join(repr(one) for one in _tags(problem, schema))
-        return f"{path}.name{given}: must be ", f"one of {tags}"
+        return f"{path}.name{given}: must be ", f"{'' if given else 'given, '}one of {tags}"
     return f"{path} ({_shorten(value)}): must ", _allowed(kind, problem["msg"], details, fields)
 
 

@@ -4,13 +4,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from distmoe.config.base import AsTuple, Section, Widths
+from distmoe.config.base import AsTuple, PathText, Section, Widths
 
 
 class ModelSection(Section):
     """What all models share."""
 
-    init_from: Annotated[str, Field(min_length=1)] | None = None
+    init_from: PathText | None = None
     """Start from the weights of a run's folder or an exported .safetensors file, instead of fresh ones."""
 
 

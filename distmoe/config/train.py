@@ -4,13 +4,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from distmoe.config.base import PositiveFloat, Section
+from distmoe.config.base import PathText, PositiveFloat, Section
 
 
 class RunSection(Section):
     """Where the run is kept."""
 
-    dir: Annotated[str, Field(min_length=1)] = "runs"
+    dir: PathText = "runs"
     """Folder of all runs."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)] | None = None
     """Folder of this run inside ``run.dir``; default: the name of the config file."""
