@@ -106,10 +106,12 @@ app.add_typer(bench_app, name="bench")
 def bench_loader(
     config: Config,
     overrides: Overrides = None,
-    rounds: Annotated[int, typer.Option(min=2, help="Timed rounds of each path, in turn.")] = 7,
+    rounds: Annotated[int, typer.Option(min=6, help="Timed rounds of each path, in turn.")] = 9,
 ) -> None:
     """Images/s of FFCV, of torchvision's DataLoader and of the resident loader; data wait of a training step."""
-    typer.echo(_load("distmoe.bench.loader").bench_loader(load_config(config, overrides or []), rounds))
+    run_config = load_config(config, overrides or [])
+    typer.echo(_load("distmoe.bench.loader").bench_loader(run_config.data, rounds) + "\n")
+    typer.echo(_load("distmoe.bench.data_wait").bench_data_wait(run_config, rounds))
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

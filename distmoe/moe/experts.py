@@ -68,11 +68,9 @@ class MLPExperts(Experts):
     def forward(self, rows_R: Tensor, rows_per_expert_L: Tensor) -> Tensor:
         """(R, D) to (R, D)."""
         activation = _ACTIVATIONS[self.activation]
-        parts = zip(
-            rows_R.split(rows_per_expert_L.tolist()),
-            self.w1.unbind(), self.b1.unbind(), self.w2.unbind(), self.b2.unbind(), strict=True,
-        )  # fmt: skip
-        # One matmul an expert: addmm is autocast like linear, and zero rows give zero gradients.
+        # Cast the stacks once: autocast would cast each expert's slice of them, forward and backward.
+        weights = [_autocast(weight).unbind() for weight in (self.w1, self.b1, self.w2, self.b2)]
+        parts = zip(rows_R.split(rows_per_expert_L.tolist()), *weights, strict=True)
         return torch.cat([torch.addmm(b2, activation(torch.addmm(b1, x, w1)), w2) for x, w1, b1, w2, b2 in parts])
 
     @torch.no_grad()
@@ -111,3 +109,9 @@ class ModuleExperts(Experts):
             reset = getattr(module, "reset_parameters", None)
             if callable(reset):
                 reset()
+
+
+def _autocast(weight: Tensor) -> Tensor:
+    """The weight in the type that matrix products run in here."""
+    device = weight.device.type
+    return weight.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else weight

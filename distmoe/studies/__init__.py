@@ -1,0 +1,1 @@
+"""Studies: what runs show, drawn and tabled."""
