@@ -387,7 +387,7 @@ def test_killed_writer_is_replaced_by_exactly_one_of_those_that_wait(data):
                 raise AssertionError(f"did not wait: {seen}")
         assert suffixes_in(data.prepared_dir) == ["beton.tmp", "lock"]
         killed.send_signal(signal.SIGKILL)
-        outputs = [process.communicate(timeout=60)[0] for process in waiting]
+        outputs = [process.communicate(timeout=120)[0] for process in waiting]
     finally:
         for process in processes:
             process.kill()
@@ -400,5 +400,5 @@ def test_killed_writer_is_replaced_by_exactly_one_of_those_that_wait(data):
 
 def test_starting_with_whole_files_imports_neither_ffcv_nor_torchvision(data):
     prepare(data)
-    output, _ = start(data).communicate(timeout=60)
+    output, _ = start(data).communicate(timeout=120)
     assert output.splitlines()[-1].split("loaded")[1] == ""
