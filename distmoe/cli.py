@@ -13,6 +13,18 @@ import typer
 from distmoe.config import load_config
 from distmoe.contracts import UserError
 
+# What the commands run, imported when they do.
+_MODULES = {
+    "train": "distmoe.train",
+    "evaluate": "distmoe.evaluate",
+    "datasets": "distmoe.data.datasets",
+    "beton": "distmoe.data.beton",
+    "loading": "distmoe.training.loading",
+    "report": "distmoe.studies.report",
+    "bench_loader": "distmoe.bench.loader",
+    "bench_data_wait": "distmoe.bench.data_wait",
+}
+
 app = typer.Typer(
     help="Train Mixture-of-Experts image classifiers, watch them, resume them, see what the experts learned.",
     no_args_is_help=True,
@@ -41,7 +53,7 @@ def train(config: Config, overrides: Overrides = None) -> None:
     with run.resume=true.
     """
     run_config = load_config(config, overrides or [])
-    module = _load("distmoe.train")
+    module = _load("train")
     try:
         summary = module.train(run_config)
     except module.Interrupted as stop:
@@ -58,7 +70,7 @@ def evaluate(run: Run, overrides: Overrides = None) -> None:
     Writes evaluation.json into the run's folder where nothing is overridden. With moe.gate.k=1, fewer experts at
     test time.
     """
-    typer.echo(_load("distmoe.evaluate").evaluate_run(run, overrides or []))
+    typer.echo(_load("evaluate").evaluate_run(run, overrides or []))
 
 
 @app.command()
@@ -68,8 +80,8 @@ def prepare(config: Config, overrides: Overrides = None) -> None:
     The only command, besides launch/smoke.sh, that uses the network.
     """
     run_config = load_config(config, overrides or [])
-    _load("distmoe.data.datasets").download(run_config.data)
-    prepared = _load("distmoe.data.beton").prepare(run_config.data)
+    _load("datasets").download(run_config.data)
+    prepared = _load("beton").prepare(run_config.data)
     for name, split in prepared.splits.items():
         typer.echo(f"{name}: {split.num_samples} samples in {split.path}")
 
@@ -77,7 +89,7 @@ def prepare(config: Config, overrides: Overrides = None) -> None:
 @app.command()
 def export(run: Run, out: Annotated[Path, typer.Argument(help="File to write, ending in .safetensors.")]) -> None:
     """Write the trained model of a run to one file that distmoe.load_model reads."""
-    typer.echo(f"wrote {_load('distmoe.training.loading').export_model(run, out)}")
+    typer.echo(f"wrote {_load('loading').export_model(run, out)}")
 
 
 @app.command()
@@ -86,14 +98,14 @@ def report(
     out: Annotated[Path, typer.Option(help="Folder for the figures and the table.")] = Path("report"),
 ) -> None:
     """Draw the learning curves of runs side by side, and the class-by-expert heat maps of each."""
-    for path in _load("distmoe.studies.report").write_report(runs, out):
+    for path in _load("report").write_report(runs, out):
         typer.echo(f"wrote {path}")
 
 
 @app.command()
 def plan(config: Config, overrides: Overrides = None) -> None:
     """Say what a run would do, without doing it: data, steps, parameters, work of an image."""
-    typer.echo(_load("distmoe.evaluate").describe_plan(load_config(config, overrides or [])))
+    typer.echo(_load("evaluate").describe_plan(load_config(config, overrides or [])))
 
 
 bench_app = typer.Typer(
@@ -110,8 +122,8 @@ def bench_loader(
 ) -> None:
     """Images/s of FFCV, of torchvision's DataLoader and of the resident loader; data wait of a training step."""
     run_config = load_config(config, overrides or [])
-    typer.echo(_load("distmoe.bench.loader").bench_loader(run_config.data, rounds) + "\n")
-    typer.echo(_load("distmoe.bench.data_wait").bench_data_wait(run_config, rounds))
+    typer.echo(_load("bench_loader").bench_loader(run_config.data, rounds) + "\n")
+    typer.echo(_load("bench_data_wait").bench_data_wait(run_config, rounds))
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -128,9 +140,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _load(name: str) -> Any:
-    module = importlib.import_module("distmoe.parallel.runtime")
-    module.set_up_logging()
-    return importlib.import_module(name)
+    importlib.import_module("distmoe.parallel.runtime").set_up_logging()
+    return importlib.import_module(_MODULES[name])
 
 
 def _finished(summary: dict[str, Any], folder: Path) -> str:

@@ -27,9 +27,10 @@ MAY_IMPORT = {
     "parallel": BASE | {"moe", "models"},
     "training": TRAINING,
     "train": TRAIN,
+    "evaluate": TRAIN,
     "studies": TRAIN | {"train"},
     "bench": TRAIN | {"train"},
-    "cli": TRAIN | {"train", "studies", "bench"},
+    "cli": TRAIN | {"train", "evaluate", "studies", "bench"},
     "__main__": {"cli"},
     "__init__": TRAIN | {"train", "studies", "bench", "cli"},
 }

@@ -111,3 +111,6 @@ class ReplicasEngine:
         self._accelerator.free_memory()
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
+
+
+ENGINE = ReplicasEngine
