@@ -47,9 +47,9 @@ Run = Annotated[Path, typer.Argument(help="Folder of a trained run, e.g. runs/sm
 
 @app.command()
 def train(config: Config, overrides: Overrides = None) -> None:
-    """Train a run, test it once, and write its folder (run.dir/run.name).
+    """Train a run, then test it once.
 
-    Prepares the data first where needed; never downloads. Ctrl-C or SIGTERM: save, exit with 130 or 143; continue
+    Everything goes into its folder, run.dir/run.name. Prepares the data first where needed; never downloads. Ctrl-C or SIGTERM: save, exit with 130 or 143; continue
     with run.resume=true.
     """
     run_config = load_config(config, overrides or [])
@@ -65,9 +65,9 @@ def train(config: Config, overrides: Overrides = None) -> None:
 
 @app.command()
 def evaluate(run: Run, overrides: Overrides = None) -> None:
-    """Test a trained run: accuracy, accuracy of each class, and what the experts do.
+    """Test a trained run and show its experts.
 
-    Writes evaluation.json into the run's folder where nothing is overridden. With moe.gate.k=1, fewer experts at
+    Accuracy, accuracy of each class, and what each expert gets. Writes evaluation.json into the run's folder where nothing is overridden. With moe.gate.k=1, fewer experts at
     test time.
     """
     typer.echo(_load("evaluate").evaluate_run(run, overrides or []))
@@ -75,9 +75,9 @@ def evaluate(run: Run, overrides: Overrides = None) -> None:
 
 @app.command()
 def prepare(config: Config, overrides: Overrides = None) -> None:
-    """Download the data set if it is missing, and write its prepared files.
+    """Download and prepare a data set.
 
-    The only command, besides launch/smoke.sh, that uses the network.
+    Writes the files that training reads. The only command, besides launch/smoke.sh, that uses the network.
     """
     run_config = load_config(config, overrides or [])
     _load("datasets").download(run_config.data)
@@ -88,7 +88,10 @@ def prepare(config: Config, overrides: Overrides = None) -> None:
 
 @app.command()
 def export(run: Run, out: Annotated[Path, typer.Argument(help="File to write, ending in .safetensors.")]) -> None:
-    """Write the trained model of a run to one file that distmoe.load_model reads."""
+    """Write a trained model to one file.
+
+    distmoe.load_model reads it.
+    """
     typer.echo(f"wrote {_load('loading').export_model(run, out)}")
 
 
@@ -97,14 +100,20 @@ def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, e.g. runs/smoke.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder for the figures and the table.")] = Path("report"),
 ) -> None:
-    """Draw the learning curves of runs side by side, and the class-by-expert heat maps of each."""
+    """Draw and table finished runs.
+
+    Learning curves side by side, class-by-expert heat maps of each run, a table of results.
+    """
     for path in _load("report").write_report(runs, out):
         typer.echo(f"wrote {path}")
 
 
 @app.command()
 def plan(config: Config, overrides: Overrides = None) -> None:
-    """Say what a run would do, without doing it: data, steps, parameters, work of an image."""
+    """Say what a run would do.
+
+    Data, steps, parameters, work of an image, without training.
+    """
     typer.echo(_load("evaluate").describe_plan(load_config(config, overrides or [])))
 
 
