@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import nn, random
 
 from distmoe.config import RunConfig
 from distmoe.contracts import DataSpec, UserError
@@ -43,7 +43,8 @@ def build_model(config: RunConfig, spec: DataSpec, placement: Placement | None =
             f"but data set {spec.name} has samples of shape {list(spec.input_shape)}"
         )
     try:
-        model = MODELS[config.model.name](config.model, config, spec, placement or Placement())
+        with random.fork_rng(devices=[]):  # torch's modules draw when they are made
+            model = MODELS[config.model.name](config.model, config, spec, placement or Placement())
     except ValueError as error:
         raise UserError(f"model.name {config.model.name} on data set {spec.name}: {error}") from None
     initialize_parameters(model, config.seed)

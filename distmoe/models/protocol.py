@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from distmoe.contracts import Context, DataSpec
 from distmoe.moe.losses import classification_losses, negative_log_likelihood
-from distmoe.moe.routing import Routing
+from distmoe.moe.routing import Routing, at_least_float32
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ModelOutput:
         """(B,) float32 cross-entropy of each sample."""
         if self.logits is not None:
             return classification_losses(self.logits, labels, label_smoothing)
-        return negative_log_likelihood(self.scores.float(), labels, label_smoothing)
+        return negative_log_likelihood(at_least_float32(self.scores), labels, label_smoothing)
 
 
 class Model(Protocol):

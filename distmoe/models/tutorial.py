@@ -17,6 +17,7 @@ from distmoe.moe.dispatch import Placement
 from distmoe.moe.experts import ModuleExperts
 from distmoe.moe.gates import build_gate
 from distmoe.moe.losses import mixture_log_probs
+from distmoe.moe.routing import at_least_float32
 
 
 class PooledCNN(nn.Module):
@@ -76,7 +77,7 @@ class TutorialMixture(nn.Module):
         x = self.normalize(images)
         routing = self.gate.route(x, context)
         rows_R, rows_per_expert_L, plan = self.dispatcher.dispatch(x, routing.row_ids_A, routing.expert_ids_A)
-        log_probs_R = self.experts(rows_R, rows_per_expert_L).float().log_softmax(-1)
+        log_probs_R = at_least_float32(self.experts(rows_R, rows_per_expert_L)).log_softmax(-1)
         log_probs = mixture_log_probs(self.dispatcher.gather(log_probs_R, plan), routing)
         return ModelOutput(log_probs=log_probs, routings={"mixture": routing})
 

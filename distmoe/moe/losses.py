@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distmoe.moe.routing import Routing
+from distmoe.moe.routing import Routing, at_least_float32
 
 Sums = dict[str, Tensor]
 
@@ -143,10 +143,10 @@ def mixture_log_probs(log_probs_AC: Tensor, routing: Routing) -> Tensor:
 
     Source: Jacobs et al. 1991, the likelihood of the mixture; here with class probabilities instead of Gaussians.
     """
-    if routing.logits_TE is None or routing.assignments_per_row != routing.num_experts:
+    if routing.logits_TE is None or len(log_probs_AC) != routing.num_rows * routing.num_experts:
         raise ValueError("a mixture of class probabilities needs a dense gate")
     log_gate_TE1 = routing.logits_TE.log_softmax(-1).unsqueeze(-1)
-    log_probs_TEC = log_probs_AC.float().unflatten(0, (routing.num_rows, routing.num_experts))
+    log_probs_TEC = at_least_float32(log_probs_AC).unflatten(0, (routing.num_rows, routing.num_experts))
     return torch.logsumexp(log_gate_TE1 + log_probs_TEC, dim=1)
 
 
@@ -159,8 +159,8 @@ def negative_log_likelihood(log_probs_TC: Tensor, labels_T: Tensor, label_smooth
 
 
 def classification_losses(logits_TC: Tensor, labels_T: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """(T,) softmax cross-entropy in float32."""
-    return F.cross_entropy(logits_TC.float(), labels_T, reduction="none", label_smoothing=label_smoothing)
+    """(T,) softmax cross-entropy in float32 or wider."""
+    return F.cross_entropy(at_least_float32(logits_TC), labels_T, reduction="none", label_smoothing=label_smoothing)
 
 
 def _probs(routing: Routing) -> Tensor:

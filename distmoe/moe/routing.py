@@ -62,3 +62,8 @@ class Routing:
             logits_TE=None if self.logits_TE is None else self.logits_TE.detach(),
             probs_TE=None if self.probs_TE is None else self.probs_TE.detach(),
         )
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision and integers as float32; float64, which exact comparisons are made in, stays as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

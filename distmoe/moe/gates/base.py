@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from distmoe.contracts import Context
-from distmoe.moe.routing import Routing
+from distmoe.moe.routing import Routing, at_least_float32
 
 
 class Gate(nn.Module, ABC):
@@ -16,8 +16,8 @@ class Gate(nn.Module, ABC):
     depend on the experts' hidden states, do something in the second.
 
     Args:
-        network: Maps tokens (T, ...) to logits (T, E). It always runs in float32, outside autocast: in half
-            precision, rounding flips the choice of expert.
+        network: Maps tokens (T, ...) to logits (T, E). It always runs in float32 (float64 for such tokens), outside
+            autocast: in half precision, rounding flips the choice of expert.
         num_experts: E.
     """
 
@@ -29,11 +29,9 @@ class Gate(nn.Module, ABC):
     def logits(self, x_T: Tensor) -> Tensor:
         """(T, E) float32 logits of tokens (T, ...)."""
         with torch.autocast(x_T.device.type, enabled=False):
-            logits_TE: Tensor = self.network(x_T.float())
+            logits_TE: Tensor = self.network(at_least_float32(x_T))
         if logits_TE.shape != (len(x_T), self.num_experts):
-            raise ValueError(
-                f"the gate's network gives {tuple(logits_TE.shape)}, not ({len(x_T)}, {self.num_experts})"
-            )
+            raise ValueError(f"the gate's network gives {tuple(logits_TE.shape)}, not ({len(x_T)}, {self.num_experts})")
         return logits_TE
 
     @abstractmethod

@@ -1,5 +1,7 @@
 """Top-k token choice: every token goes to its k most probable experts, dropless or under capacity."""
 
+import math
+from fractions import Fraction
 from typing import Literal
 
 import torch
@@ -89,7 +91,6 @@ class TopKGate(Gate):
 
     def _within_capacity(self, expert_ids_TK: Tensor, context: Context) -> Tensor:
         """(A,) bool, row-major: which assignments fit into their expert's capacity in their group."""
-        assert self.capacity_factor is not None
         num_rows = len(expert_ids_TK)
         if num_rows == 0:
             return torch.zeros(0, dtype=torch.bool, device=expert_ids_TK.device)
@@ -105,6 +106,11 @@ class TopKGate(Gate):
         starts = torch.searchsorted(sorted_queues, sorted_queues)
         places = torch.empty_like(order)
         places[order] = torch.arange(len(order), device=order.device) - starts
-        rows_in_group_T = torch.bincount(group_ids_T)[group_ids_T]
-        capacity_T = (rows_in_group_T * (self.k * self.capacity_factor / self.num_experts)).ceil()
+        capacity_T = torch.full_like(group_ids_T, self._capacity(group_rows))
+        rest = num_rows % group_rows
+        capacity_T[num_rows - rest :] = self._capacity(rest)
         return (places.view(self.k, num_rows) < capacity_T).T.flatten()
+
+    def _capacity(self, group_rows: int) -> int:
+        """Without rounding: in float32, 1/7 * 7 can come out above 1, and its ceiling is 2."""
+        return math.ceil(Fraction(str(self.capacity_factor)) * self.k * group_rows / self.num_experts)
