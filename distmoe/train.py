@@ -7,6 +7,7 @@ import signal
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from distmoe.config import RunConfig
@@ -14,7 +15,7 @@ from distmoe.contracts import UserError
 from distmoe.parallel.runtime import open_runtime, process_start_time
 from distmoe.training.checkpoint import Best, CheckpointFolder, Progress
 from distmoe.training.cost import measure_cost
-from distmoe.training.metrics import Interval, MetricsFile
+from distmoe.training.metrics import MetricsFile
 from distmoe.training.profile import Profile
 from distmoe.training.progress_bar import ProgressBar
 from distmoe.training.run_folder import RunFolder, write_json
@@ -65,6 +66,11 @@ class Outputs:
     tensorboard: TensorBoardLog
     bar: ProgressBar
 
+    def save(self, session: Session) -> Path:
+        """Writes a checkpoint; TensorBoard's points up to it are on disk before."""
+        self.tensorboard.flush()
+        return self.checkpoints.save(session.state())
+
 
 def train(config: RunConfig) -> dict[str, Any] | None:
     """Trains a run, tests it once, and writes its folder.
@@ -93,14 +99,17 @@ def train(config: RunConfig) -> dict[str, Any] | None:
             _log_start(session, folder)
             clock = Clock()
             with ExitStack() as stack:
+                evaluated = session.progress.epoch_step == 0
                 outputs = Outputs(
                     folder=folder,
                     checkpoints=checkpoints,
-                    metrics=stack.enter_context(MetricsFile(folder.metrics_file, session.progress.step)),
+                    metrics=stack.enter_context(MetricsFile(folder.metrics_file, session.progress.step, evaluated)),
                     tensorboard=stack.enter_context(TensorBoardLog(folder.tensorboard, session.progress.step)),
                     bar=stack.enter_context(ProgressBar(session.total_steps, session.progress.step)),
                 )
-                if not fit(session, outputs, clock):
+                with runtime.saving_on_signal():
+                    completed = fit(session, outputs, clock)
+                if not completed:
                     logger.info("stopped after %d steps, as train.stop_after_steps says", session.progress.step)
                     return None
                 train_seconds = time.perf_counter() - clock.started
@@ -113,27 +122,24 @@ def fit(session: Session, outputs: Outputs, clock: Clock) -> bool:
     Returns:
         False where ``train.stop_after_steps`` ended it before.
     """
-    config = session.config
-    finished = session.finished
+    config, finished, marks = session.config, session.finished, _Marks(session, clock)
     with Profile(config.train.profile_steps, outputs.folder.path) as profile:
         while not finished:
-            if not _train_epoch(session, outputs, clock, profile):
+            if not _train_epoch(session, outputs, clock, marks, profile):
                 return False
             epoch, finished = session.progress.epoch, session.progress.step == session.total_steps
             if finished or (epoch + 1) % config.train.evaluate_every_epochs == 0:
                 _validate(session, outputs)
             session.progress = replace(session.progress, epoch=epoch + 1, epoch_step=0)
-            outputs.checkpoints.save(session.state())
+            _interrupt_if_signalled(session, outputs.save(session))
     return True
 
 
-def _train_epoch(session: Session, outputs: Outputs, clock: Clock, profile: Profile) -> bool:
+def _train_epoch(session: Session, outputs: Outputs, clock: Clock, marks: "_Marks", profile: Profile) -> bool:
     """The rest of the current epoch, or of the run; False where the run is to stop early."""
     train_section, epoch = session.config.train, session.progress.epoch
     planned = session.plan.epoch(epoch, session.progress.epoch_step)
     remaining = (session.total_steps - session.progress.step) * train_section.accumulation
-    interval = Interval()
-    marks = _Marks(session, clock)
     with session.feed.training_steps(planned[:remaining], epoch) as steps:
         for micro_batches in steps:
             started = time.perf_counter()
@@ -142,27 +148,27 @@ def _train_epoch(session: Session, outputs: Outputs, clock: Clock, profile: Prof
             if session.average is not None:
                 session.average.update(step)
             session.progress = Progress(step + 1, epoch, session.progress.epoch_step + 1)
-            interval.add(result)
+            session.interval.add(result)
             clock.step_s += time.perf_counter() - started
             clock.samples += int(result.step_samples)
             if clock.first_step_s is None:
                 clock.first_step_s = time.time() - process_start_time()
             profile.step()
             outputs.bar.update(session.progress.step)
-            _after_step(session, outputs, interval, marks)
+            _after_step(session, outputs, marks)
             if _asked_to_stop(session, outputs):
                 return False
     return True
 
 
-def _after_step(session: Session, outputs: Outputs, interval: Interval, marks: "_Marks") -> None:
+def _after_step(session: Session, outputs: Outputs, marks: "_Marks") -> None:
     """Checks, logs and saves where it is due."""
-    section, step = session.config.train, session.progress.step
+    section, step, interval = session.config.train, session.progress.step, session.interval
     log_due = step % section.log_every_steps == 0 or step == session.total_steps
     save_due = section.checkpoint_every_steps is not None and step % section.checkpoint_every_steps == 0
     last_of_epoch = session.progress.epoch_step == session.plan.num_steps
     if log_due or save_due or last_of_epoch or session.runtime.device.type == "cpu":
-        _check_finite(session, outputs, interval)
+        _check_finite(session, outputs, weights=save_due or last_of_epoch or step == session.total_steps)
     if log_due:
         weights = session.config.moe.loss_weights.model_dump() if session.config.moe else {}
         numbers = {"step": step, "epoch": session.progress.epoch, **interval.describe(weights), **marks.rates()}
@@ -171,24 +177,32 @@ def _after_step(session: Session, outputs: Outputs, interval: Interval, marks: "
         outputs.bar.log(numbers)
         interval.clear()
     if save_due and not last_of_epoch:  # after the last step of an epoch its evaluation comes first
-        outputs.checkpoints.save(session.state())
+        outputs.save(session)
 
 
 def _asked_to_stop(session: Session, outputs: Outputs) -> bool:
     """Saves and stops where a signal came or ``train.stop_after_steps`` is reached."""
     step, limit = session.progress.step, session.config.train.stop_after_steps
-    signal_number = session.runtime.stop_signal
-    if signal_number is None and (limit is None or step < limit or step == session.total_steps):
+    if session.runtime.stop_signal is None and (limit is None or step < limit or step == session.total_steps):
         return False
-    path = outputs.checkpoints.save(session.state())
-    if signal_number is not None:
-        logger.info("saved %s; go on with run.resume=true", path)
-        raise Interrupted(signal_number)
+    _check_finite(session, outputs, weights=True)
+    _interrupt_if_signalled(session, outputs.save(session))
     return True
 
 
-def _check_finite(session: Session, outputs: Outputs, interval: Interval) -> None:
-    if not interval.finite():
+def _interrupt_if_signalled(session: Session, saved: Path) -> None:
+    signal_number = session.runtime.stop_signal
+    if signal_number is not None:
+        logger.info("saved %s; go on with run.resume=true", saved)
+        raise Interrupted(signal_number)
+
+
+def _check_finite(session: Session, outputs: Outputs, weights: bool) -> None:
+    """Stops a run that has diverged; ``weights`` are looked at before they are saved or evaluated.
+
+    The last update may have spoiled them although the loss before it was finite.
+    """
+    if not session.interval.finite() or (weights and not _weights_finite(session)):
         saved = outputs.checkpoints.steps()
         kept = (
             f"the last good checkpoint is {outputs.checkpoints.path(saved[-1])}"
@@ -196,9 +210,13 @@ def _check_finite(session: Session, outputs: Outputs, interval: Interval) -> Non
             else "there is no checkpoint yet"
         )
         raise UserError(
-            f"training diverged: loss or gradient is not finite at step {session.progress.step}; {kept}. "
+            f"training diverged: loss, gradient or weights are not finite at step {session.progress.step}; {kept}. "
             "Lower optim.lr, set train.clip_norm, or use train.precision=fp32"
         )
+
+
+def _weights_finite(session: Session) -> bool:
+    return all(bool(parameter.isfinite().all()) for parameter in session.module.parameters())
 
 
 def _validate(session: Session, outputs: Outputs) -> None:

@@ -29,6 +29,7 @@ class Runtime:
         num_threads: CPU threads of torch.
         restarts: How often a launcher has restarted this run.
         stop_signal: Number of the signal that asked the run to save and stop, or None.
+        can_save: Whether somebody acts on ``stop_signal``; otherwise a signal stops the process at once.
     """
 
     device: torch.device
@@ -37,14 +38,25 @@ class Runtime:
     num_threads: int = 1
     restarts: int = 0
     stop_signal: int | None = field(default=None)
+    can_save: bool = False
+
+    @contextmanager
+    def saving_on_signal(self) -> Iterator[None]:
+        """Inside, the first SIGINT or SIGTERM only sets :attr:`stop_signal`, for the loop to act on."""
+        self.can_save = True
+        try:
+            yield
+        finally:
+            self.can_save = False
 
 
 @contextmanager
 def open_runtime(config: RunConfig) -> Iterator[Runtime]:
     """Sets threads and determinism, catches SIGINT and SIGTERM, and puts everything back on the way out.
 
-    The first signal is recorded in :attr:`Runtime.stop_signal` for the loop to act on at the end of a step; a second
-    one interrupts at once.
+    Inside :meth:`Runtime.saving_on_signal` the first signal is recorded in :attr:`Runtime.stop_signal` for the loop to
+    act on at the end of a step. A second one, and any one outside, ends the process at once: ``KeyboardInterrupt`` or
+    ``SystemExit`` with code 143.
 
     Raises:
         UserError: The configuration does not fit this machine or this number of processes.
@@ -54,9 +66,10 @@ def open_runtime(config: RunConfig) -> Iterator[Runtime]:
     num_threads = config.train.num_threads or available_cpus()
     restarts = _environment_number("TORCHELASTIC_RESTART_COUNT", 0)
     runtime = Runtime(device=device, num_threads=num_threads, restarts=restarts)
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    threads, deterministic = torch.get_num_threads(), torch.get_deterministic_debug_mode()
     torch.set_num_threads(num_threads)
-    torch.use_deterministic_algorithms(device.type == "cpu")
+    # Not torch.use_deterministic_algorithms, which also imports the compiler: 2 s of start-up.
+    torch.set_deterministic_debug_mode("error" if device.type == "cpu" else "default")
     # Deterministic mode also fills every new tensor, which costs 10 % of a step; nothing here reads one unwritten.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
@@ -64,7 +77,7 @@ def open_runtime(config: RunConfig) -> Iterator[Runtime]:
             yield runtime
     finally:
         torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic)
+        torch.set_deterministic_debug_mode(deterministic)
 
 
 def available_cpus() -> int:
@@ -117,8 +130,10 @@ def _environment_number(name: str, default: int) -> int:
 def _recorded_signals(runtime: Runtime) -> Iterator[None]:
     def record(number: int, frame: FrameType | None) -> None:
         del frame
-        if runtime.stop_signal is not None:
-            raise KeyboardInterrupt
+        if runtime.stop_signal is not None or not runtime.can_save:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            raise SystemExit(128 + number)
         runtime.stop_signal = number
         logger.warning("%s: saving after this step, then stopping (again to stop at once)", signal.Signals(number).name)
 

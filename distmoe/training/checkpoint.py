@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,7 @@ class TrainingState:
         fingerprint: Of the data.
         spec: Of the data.
         config_yaml: The run's configuration.
+        interval: Sums of the metrics line that is still to be written, if any.
     """
 
     progress: Progress
@@ -78,6 +79,7 @@ class TrainingState:
     fingerprint: str
     spec: DataSpec
     config_yaml: str
+    interval: Mapping[str, float] = field(default_factory=dict)
 
     def inference_weights(self) -> dict[str, Tensor]:
         """What a trained model holds: averaged weights where there are any, and buffers."""
@@ -111,10 +113,12 @@ class CheckpointFolder:
                 shutil.rmtree(leftover)
             temporary.mkdir()
             _write(temporary, state)
+            replaced = self.root / f"{_TEMPORARY}over-{target.name}"
             if target.exists():  # a step that is saved again after its evaluation, or a damaged one
-                shutil.rmtree(target)
+                target.rename(replaced)
             temporary.rename(target)
             _flush(self.root)
+            shutil.rmtree(replaced, ignore_errors=True)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             reason = getattr(error, "strerror", None) or str(error)
@@ -122,7 +126,7 @@ class CheckpointFolder:
                 f"checkpoint {target}: cannot be written ({reason}); free space or make {self.root} writable, then go "
                 "on with run.resume=true from the newest whole checkpoint"
             ) from None
-        self._prune(state.best)
+        self._prune(state)
         return target
 
     def path(self, step: int) -> Path:
@@ -143,8 +147,10 @@ class CheckpointFolder:
                 logger.warning("%s; trying the one before", error)
         return None
 
-    def _prune(self, best: Best | None) -> None:
-        kept = set(self.steps()[-self.keep :]) | ({best.step} if best else set())
+    def _prune(self, saved: TrainingState) -> None:
+        # Later steps than this one are of a past that was given up, because they were damaged.
+        steps = [step for step in self.steps() if step <= saved.progress.step]
+        kept = set(steps[-self.keep :]) | ({saved.best.step} if saved.best else set())
         for step in self.steps():
             if step not in kept:
                 shutil.rmtree(self.path(step), ignore_errors=True)
@@ -205,6 +211,7 @@ def _write(folder: Path, state: TrainingState) -> None:
         "scaler": dict(state.scaler),
         "fingerprint": state.fingerprint,
         "spec": spec_to_json(state.spec),
+        "interval": dict(state.interval),
     }
     (folder / "state.json").write_text(json.dumps(values, indent=1))
     (folder / "config.yaml").write_text(state.config_yaml)
@@ -232,6 +239,7 @@ def _read(folder: Path, values: dict[str, Any]) -> TrainingState:
         fingerprint=values["fingerprint"],
         spec=spec_from_json(values["spec"]),
         config_yaml=(folder / "config.yaml").read_text(),
+        interval=values["interval"],
     )
 
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from itertools import groupby
+from itertools import chain, groupby, islice
 
 import torch
 
@@ -31,15 +31,22 @@ class Feed:
         self._loader = loader
         self._augmenter = augmenter
         self._device = device
+        self._started = False
         self.wait_s = 0.0
         self.augment_s = 0.0
 
     @contextmanager
     def training_steps(self, planned: Sequence[PlannedBatch], epoch: int) -> Iterator[Iterator[Iterator[MicroBatch]]]:
-        """The optimizer steps of a plan, each an iterator over its micro-batches, to be used up in turn."""
+        """The optimizer steps of a plan, each an iterator over its micro-batches, to be used up in turn.
+
+        The very first batch is fetched here and not timed: FFCV compiles its reader for it, which is start-up.
+        """
         with closing(_generator(self._loader.batches(planned))) as batches:
+            first = [] if self._started else list(islice(batches, 1))
+            self._started = True
+            delivered = chain(first, batches)
             yield (
-                self._micro_batches(list(group), batches, epoch)
+                self._micro_batches(list(group), delivered, epoch)
                 for _, group in groupby(planned, key=lambda one: one.step)
             )
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from distmoe.contracts import UserError
@@ -24,15 +25,23 @@ class MetricsFile:
     Args:
         path: The file.
         resume_step: Lines of later steps are cut off: they belong to a past that did not happen.
+        evaluated: Whether the validation of ``resume_step`` is done; otherwise its line is cut off as well. A test
+            line always is: a run that is resumed has still to be tested.
 
     Raises:
         UserError: The file cannot be written.
     """
 
-    def __init__(self, path: Path, resume_step: int) -> None:
+    def __init__(self, path: Path, resume_step: int, evaluated: bool = True) -> None:
         self.path = path
-        kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if path.exists() else []
+        redone = ("test",) if evaluated else ("test", "validation")
         try:
+            lines = read_metrics(path) if path.exists() else iter(())
+            kept = [
+                line
+                for line in lines
+                if line["step"] < resume_step or (line["step"] == resume_step and line.get("split") not in redone)
+            ]
             temporary = path.with_suffix(".tmp")
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
             temporary.replace(path)
@@ -88,11 +97,27 @@ class Interval:
     def add(self, result: StepResult) -> None:
         """One optimizer step."""
         add_sums(self._sums, result.sums)
-        add_sums(self._auxiliary, result.auxiliary)
+        add_sums(self._auxiliary, {name: value.double() for name, value in result.auxiliary.items()})
         self._last = result
         self._steps += 1
         total = result.total_loss
         self._health = total if self._health is None else self._health + total
+
+    def state(self) -> dict[str, float]:
+        """What a resumed run needs to write the same next line."""
+        named = {"sums": self._sums, "auxiliary": self._auxiliary}
+        values = {f"{kind}:{name}": float(value) for kind, sums in named.items() for name, value in sums.items()}
+        return {"steps": self._steps, **values}
+
+    def load(self, state: Mapping[str, float], device: torch.device) -> None:
+        """Continues from :meth:`state`."""
+        self.clear()
+        self._steps = int(state.get("steps", 0))
+        for key, value in state.items():
+            kind, _, name = key.partition(":")
+            if name:
+                sums = self._sums if kind == "sums" else self._auxiliary
+                sums[name] = torch.tensor(value, dtype=torch.float64, device=device)
 
     def finite(self) -> bool:
         """Whether every loss and gradient norm of the interval was finite. Waits for the device."""

@@ -22,6 +22,7 @@ class Profile:
     def __init__(self, num_steps: int | None, folder: Path) -> None:
         self._folder = folder / "profile"
         self._stack = ExitStack()
+        self._written = False
         self._profiler: profile | None = None
         if num_steps is not None:
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
@@ -38,6 +39,7 @@ class Profile:
         profiler.export_chrome_trace(str(self._folder / "trace.json"))
         table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=40)
         (self._folder / "operators.txt").write_text(table)
+        self._written = True
         logger.info("wrote %s", self._folder)
 
     def __enter__(self) -> "Profile":
@@ -49,3 +51,5 @@ class Profile:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
+        if self._profiler is not None and not self._written:
+            logger.warning("no profile written: the run ended within its %d warm-up steps", WARMUP_STEPS + 1)

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from distmoe.training.ema import WeightAverage
 from distmoe.training.evaluation import Evaluation, evaluate
 from distmoe.training.feed import Feed
 from distmoe.training.loading import load_inference_weights, read_inference_weights
+from distmoe.training.metrics import Interval
 from distmoe.training.optim import build_optimizer
 from distmoe.training.schedule import build_schedule
 
@@ -47,6 +48,7 @@ class Session:
         total_steps: Optimizer steps of the whole run.
         progress: Where the run is.
         best: Best validation result so far.
+        interval: Of the metrics line to come.
     """
 
     config: RunConfig
@@ -63,6 +65,7 @@ class Session:
     total_steps: int
     progress: Progress
     best: Best | None = None
+    interval: Interval = field(default_factory=Interval)
 
     @property
     def finished(self) -> bool:
@@ -81,6 +84,7 @@ class Session:
             fingerprint=self.data.fingerprint,
             spec=self.data.spec,
             config_yaml=config_to_yaml(self.config),
+            interval=self.interval.state(),
         )
 
     def restore(self, state: TrainingState) -> None:
@@ -107,6 +111,7 @@ class Session:
         if self.average is not None:
             self.average.load(state.average if state.average is not None else weights)
         self.progress, self.best = state.progress, state.best
+        self.interval.load(state.interval, self.runtime.device)
 
     def evaluate(self, split: str) -> Evaluation:
         """Evaluates the weights as they are now, averaged where the run averages."""

@@ -18,11 +18,11 @@ class TensorBoardLog:
 
     Args:
         folder: Made if missing.
-        resume_step: Points of later steps, written before an interruption, are hidden.
+        resume_step: Points of later steps, written before an interruption, are hidden, also where nothing was saved.
     """
 
     def __init__(self, folder: Path, resume_step: int) -> None:
-        self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None, flush_secs=10)
+        self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1, flush_secs=10)
 
     def training(self, numbers: Mapping[str, Any], loads: Mapping[str, Tensor], step: int) -> None:
         """One log interval: scalars under ``train/`` (a layer's under its name), and each expert's load."""
@@ -41,6 +41,10 @@ class TensorBoardLog:
             title = f"{layer}, {split}, step {step}"
             figure = class_expert_figure(class_shares(sums), spec.class_names, title)
             self._writer.add_figure(f"{layer}/class_by_expert_{split}", figure, step)
+
+    def flush(self) -> None:
+        """What was given so far is in the file, whatever happens to this process."""
+        self._writer.flush()
 
     def __enter__(self) -> "TensorBoardLog":
         return self
