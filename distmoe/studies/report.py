@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
+from distmoe.config import RunSection, config_to_yaml, load_config
 from distmoe.contracts import UserError
+from distmoe.studies.intervals import mean_interval
 from distmoe.training.figures import class_expert_figure, learning_curves_figure
 from distmoe.training.metrics import read_metrics
 from distmoe.training.run_folder import RunFolder
@@ -66,14 +68,34 @@ def learning_curves(folders: list[RunFolder]) -> dict[str, dict[str, Curve]]:
 
 
 def results_table(folders: list[RunFolder]) -> str:
-    """Markdown: a row a run, a column a number of its summary."""
-    header = ["run", *(title for title, _ in _COLUMNS.values())]
-    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    """Markdown: a row for each set of runs that differ in their seed only, mean and 95 % interval over the seeds."""
+    groups: dict[str, list[RunFolder]] = {}
     for folder in folders:
-        summary = folder.read_summary() or {}
-        cells = ["-" if summary.get(key) is None else form.format(summary[key]) for key, (_, form) in _COLUMNS.items()]
-        lines.append("| " + " | ".join([folder.path.name, *cells]) + " |")
+        groups.setdefault(_all_but_seed(folder), []).append(folder)
+    header = ["runs", "seeds", *(title for title, _ in _COLUMNS.values())]
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    for group in groups.values():
+        summaries = [summary for folder in group if (summary := folder.read_summary()) is not None]
+        names = ", ".join(folder.path.name for folder in group)
+        lines.append("| " + " | ".join([names, str(len(summaries)), *_cells(summaries)]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _cells(summaries: list[dict[str, Any]]) -> list[str]:
+    cells = []
+    for key, (_, pattern) in _COLUMNS.items():
+        values = [summary[key] for summary in summaries if summary.get(key) is not None]
+        same = len(set(values)) == 1
+        cells.append(
+            "-" if not values else pattern.format(values[0]) if same else mean_interval(values).format(pattern)
+        )
+    return cells
+
+
+def _all_but_seed(folder: RunFolder) -> str:
+    """What two runs have in common that differ in their seed, and the folder's name, only."""
+    config = load_config(folder.config_file)
+    return config_to_yaml(config.model_copy(update={"seed": 0, "run": RunSection()}))
 
 
 def _heat_maps(folder: RunFolder, out: Path) -> list[Path]:

@@ -75,7 +75,7 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
             line = json.loads(text)
         except ValueError:
             return
-        if not isinstance(line, dict) or "step" not in line:
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
             return
         yield line
 
@@ -100,8 +100,7 @@ class Interval:
         add_sums(self._auxiliary, {name: value.double() for name, value in result.auxiliary.items()})
         self._last = result
         self._steps += 1
-        total = result.total_loss
-        self._health = total if self._health is None else self._health + total
+        self._health = result.health if self._health is None else self._health + result.health
 
     def state(self) -> dict[str, float]:
         """What a resumed run needs to write the same next line."""

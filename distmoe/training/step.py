@@ -40,21 +40,17 @@ class StepResult:
         auxiliary: Unweighted auxiliary losses by name, of all ranks.
         step_samples: Valid samples of the step, over ranks.
         gradient_norm: Global norm before clipping.
+        health: A scalar that is finite as long as losses and gradients are; fp16 steps with gradients too large for the
+            loss scale are skipped by design and do not count.
         routings: Of the last micro-batch, detached.
-        labels: Of the last micro-batch.
     """
 
     sums: dict[str, Tensor]
     auxiliary: dict[str, Tensor]
     step_samples: int
     gradient_norm: Tensor
+    health: Tensor
     routings: Mapping[str, Routing] = field(default_factory=dict)
-    labels: Tensor | None = None
-
-    @property
-    def total_loss(self) -> Tensor:
-        """What must stay finite."""
-        return torch.stack([self.sums["loss"], self.gradient_norm, *self.auxiliary.values()]).sum()
 
 
 def train_step(
@@ -76,7 +72,6 @@ def train_step(
     sums: dict[str, Tensor] = {}
     auxiliary: dict[str, Tensor] = {}
     routings: Mapping[str, Routing] = {}
-    labels: Tensor | None = None
     step_samples = 0
     for micro in micro_batches:
         batch, labels, step_samples = micro.batch, micro.batch.labels, micro.step_samples
@@ -93,7 +88,9 @@ def train_step(
         add_sums(sums, _sample_sums(output.scores, losses, labels))
         add_sums(auxiliary, {name: part.detach() * share for name, part in parts.items()})
         routings = {name: routing.detach() for name, routing in output.routings.items()}
-    return StepResult(sums, auxiliary, step_samples, engine.step(), routings, labels)
+    gradient_norm = engine.step()
+    checked = [sums["loss"], *auxiliary.values()] + [gradient_norm] * (config.train.precision != "fp16")
+    return StepResult(sums, auxiliary, step_samples, gradient_norm, torch.stack(checked).sum(), routings)
 
 
 def _sample_sums(scores: Tensor, losses: Tensor, labels: Tensor) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import pytest
 
 from distmoe.config import config_to_yaml, parse_config
 from distmoe.contracts import UserError
+from distmoe.studies.intervals import mean_interval
 from distmoe.studies.report import learning_curves, results_table, write_report
 from distmoe.training.run_folder import RunFolder
 
@@ -50,13 +51,32 @@ def test_curves_hold_training_loss_and_validation_accuracy_only(run: RunFolder):
     }
 
 
-def test_table_has_a_row_a_run_and_a_dash_for_what_is_missing(run: RunFolder, tmp_path: Path):
-    unfinished = RunFolder(tmp_path / "second")
-    unfinished.path.mkdir()
-    header, _, first, second = results_table([run, unfinished]).splitlines()
-    assert header.startswith("| run | test accuracy | best validation accuracy | parameters |")
-    assert first == "| first | 0.3900 | 0.4000 | 1,234,567 | 1,000 | 5,000,000 | 1,500 | 13 | 1.23% |"
-    assert second == "| second |" + " - |" * 8
+def copy_of(run: RunFolder, name: str, config: dict[str, object], test_accuracy: float | None) -> RunFolder:
+    folder = RunFolder(run.path.parent / name)
+    folder.path.mkdir()
+    folder.config_file.write_text(config_to_yaml(parse_config(config, "test")))
+    if test_accuracy is not None:
+        folder.summary_file.write_text(json.dumps({**SUMMARY, "test_accuracy": test_accuracy}))
+    return folder
+
+
+def test_table_joins_runs_that_differ_in_their_seed_only(run: RunFolder):
+    again = copy_of(run, "again", {"seed": 1, "run": {"name": "again"}}, 0.41)
+    other = copy_of(run, "other", {"optim": {"name": "adamw", "lr": 0.5}}, None)
+    header, _, joined, unfinished = results_table([run, other, again]).splitlines()
+    assert header.startswith("| runs | seeds | test accuracy | best validation accuracy | parameters |")
+    # 0.39 and 0.41: mean 0.40, s = 0.02 / sqrt(2), half width = 12.7062 * s / sqrt(2) = 0.127062
+    expected = "| first, again | 2 | 0.4000 +- 0.1271 | 0.4000 | 1,234,567 | 1,000 | 5,000,000 | 1,500 | 13 | 1.23% |"
+    assert joined == expected
+    assert unfinished == "| other | 0 |" + " - |" * 8
+
+
+def test_interval_is_student_ts():
+    # 1, 2, 3: mean 2, s = 1, t(0.975, 2) = 4.3027: 4.3027 / sqrt(3) = 2.4842
+    interval = mean_interval([1.0, 2.0, 3.0])
+    assert (interval.mean, interval.count) == (2.0, 3)
+    assert interval.half_width == pytest.approx(2.4842, abs=1e-4)
+    assert mean_interval([5.0]).format("{:.1f}") == "5.0"
 
 
 def test_report_writes_curves_a_map_for_each_layer_and_the_table(run: RunFolder, tmp_path: Path):
