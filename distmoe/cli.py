@@ -142,10 +142,31 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except UserError as error:
         sys.stderr.write(f"distmoe: error: {error}\n")
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        sys.stderr.write(f"distmoe: error: not enough memory ({_first_line(error)}): {_LESS_MEMORY}\n")
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write("distmoe: stopped\n")
         sys.exit(130)
     sys.exit(0)
+
+
+_LESS_MEMORY = (
+    "lower data.batch_size (or cut it with train.accumulation), data.eval_batch_size, data.synthetic.train_size, "
+    "or the model's sizes (model.widths, model.hidden, model.ffn_hidden, moe.num_experts)"
+)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch is not imported here for the name of its error; on a CPU it raises a plain RuntimeError.
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(error)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _load(name: str) -> Any:

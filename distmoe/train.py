@@ -89,7 +89,10 @@ def train(config: RunConfig) -> dict[str, Any] | None:
         folder.check_free(resume)
         with open_session(config, runtime) as session:
             checkpoints = folder.checkpoints(config.run.keep_checkpoints)
-            if resume and (state := checkpoints.newest()) is not None:
+            state = checkpoints.newest() if resume else None
+            if resume and state is None:
+                logger.info("no whole checkpoint in %s: starting at step 0", checkpoints.root)
+            if state is not None:
                 session.restore(state)
                 logger.info("resuming %s from step %d of %d", folder.path, state.progress.step, session.total_steps)
                 if session.finished and (summary := folder.read_summary()) is not None:

@@ -2,11 +2,13 @@
 
 from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
+PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]  # beyond it torch cannot take a number as a size
+NonNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]
+LARGEST = 1e18  # torch raises where a float32 operand, a product of two settings among them, is not finite
+PositiveFloat = Annotated[float, Field(gt=0, le=LARGEST)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=LARGEST)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 # YAML has lists only; the config holds tuples so that it stays hashable and frozen.

@@ -2,9 +2,9 @@
 
 from typing import Literal
 
-from pydantic import PositiveInt, model_validator
+from pydantic import model_validator
 
-from distmoe.config.base import NonNegativeInt, PathText, Section, Share
+from distmoe.config.base import NonNegativeInt, PathText, PositiveInt, Section, Share
 
 
 class AugmentSection(Section):

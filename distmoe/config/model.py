@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from distmoe.config.base import AsTuple, PathText, Section, Widths
+from distmoe.config.base import AsTuple, PathText, PositiveInt, Section, Widths
 
 
 class ModelSection(Section):

@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from distmoe.config.base import NonNegativeFloat, PositiveFloat, Section
+from distmoe.config.base import NonNegativeFloat, PositiveFloat, PositiveInt, Section
 
 
 class DenseGateSection(Section):

@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
-from distmoe.config.base import PathText, PositiveFloat, Section
+from distmoe.config.base import PathText, PositiveFloat, PositiveInt, Section
 
 
 class RunSection(Section):
@@ -49,7 +49,7 @@ class TrainSection(Section):
     """Keep an exponential moving average of the weights with this decay a step, and evaluate it; null: off."""
     profile_steps: PositiveInt | None = None
     """Write a torch profile of that many steps, after five warm-up steps, into the run's folder."""
-    num_threads: PositiveInt | None = None
+    num_threads: Annotated[int, Field(gt=0, le=1024)] | None = None
     """CPU threads of torch; null: as many as this process may use. Part of what makes two runs equal bit for bit."""
 
 

@@ -58,9 +58,9 @@ def _fail(path: Path, key: str, found: str, allowed: str) -> None:
 def _read(path: Path) -> dict[str, Array]:
     """All arrays of the file."""
     hint = "data.path must name a .npz file as numpy.savez writes it"
-    if not path.is_file():
-        raise UserError(f"data.path {path}: {'not a file' if path.exists() else 'does not exist'}; {hint}")
     try:
+        if not path.is_file():
+            raise UserError(f"data.path {path}: {'not a file' if path.exists() else 'does not exist'}; {hint}")
         with path.open("rb") as file:
             stored = np.load(file, allow_pickle=False)
             if not isinstance(stored, np.lib.npyio.NpzFile):

@@ -140,7 +140,7 @@ def _checksum_or_none(path: Path) -> str | None:
 def _write(data: DataSection, sidecar_path: Path) -> PreparedData:
     """Writes both files and their side-car; the caller holds the lock."""
     write_split = _import_writer()
-    original = Original.of(Path(data.path)) if data.path and Path(data.path).is_file() else None
+    original = Original.of(Path(data.path)) if data.path and os.path.isfile(data.path) else None
     splits = {name: load_split(data, name) for name in SPLITS}
     prepared = _describe(data, splits)
     # The lock lets only one process write, so the names are fixed: they replace what a killed writer left.

@@ -107,7 +107,7 @@ def _files(data: DataSection) -> dict[Path, str | None]:
 
 
 def _check_present(data: DataSection, path: Path) -> None:
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises where a name is too long
         raise UserError(
             f"data.name={data.name}: original file {path} not found; data.root ({data.root}) must hold the set in "
             f"torchvision's layout; {_FIX}"

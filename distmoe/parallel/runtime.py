@@ -121,7 +121,7 @@ def _check(config: RunConfig, device: torch.device) -> None:
 
 def _environment_number(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
-    if not text.isdigit():
+    if not text.isdecimal():
         raise UserError(f"environment variable {name} ({text!r}) must be a whole number; unset it or correct it")
     return int(text)
 

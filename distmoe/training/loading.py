@@ -1,5 +1,6 @@
 """Trained models back from a run's folder or an exported file, and the export."""
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -79,7 +80,8 @@ def export_model(run: str | Path, target: str | Path) -> Path:
         save_file({name: weight.contiguous() for name, weight in weights.items()}, temporary, metadata)
         temporary.replace(target)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise UserError(
             f"export to {target}: cannot be written ({error}); free space or choose another folder"
         ) from None
@@ -129,8 +131,10 @@ def _read(source: Path, overrides: tuple[str, ...] | list[str]) -> tuple[RunConf
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         values = parse_yaml(metadata["config"], str(source))
+        if not isinstance(values, dict):
+            raise TypeError("its configuration has no sections")
         spec = spec_from_json(json.loads(metadata["spec"]))
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(

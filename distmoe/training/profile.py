@@ -1,12 +1,16 @@
 """A torch profile of a few steps, written into the run's folder."""
 
+import errno
 import logging
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
+
+from distmoe.contracts import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +39,19 @@ class Profile:
             self._profiler.step()
 
     def _write(self, profiler: profile) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(self._folder / "trace.json"))
-        table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=40)
-        (self._folder / "operators.txt").write_text(table)
+        trace = self._folder / "trace.json"
+        try:
+            if self._folder.exists():
+                shutil.rmtree(self._folder)
+            self._folder.mkdir(parents=True)
+            profiler.export_chrome_trace(str(trace))
+            if not trace.is_file():  # torch only logs it
+                raise OSError(errno.EIO, "torch could not write trace.json")
+            table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=40)
+            (self._folder / "operators.txt").write_text(table)
+        except OSError as error:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise UserError(f"{self._folder}: cannot be written ({error.strerror}); free space and resume") from None
         self._written = True
         logger.info("wrote %s", self._folder)
 

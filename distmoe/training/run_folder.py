@@ -1,5 +1,6 @@
 """The folder of a run: what is in it, when it may be used, and how things are read back from it."""
 
+import contextlib
 import json
 import logging
 from dataclasses import dataclass
@@ -68,10 +69,16 @@ class RunFolder:
         Raises:
             UserError: It is not empty and the run is not to be resumed, or it is not a folder.
         """
-        for parent in (self.path, *self.path.parents):
-            if parent.exists() and not parent.is_dir():
-                raise UserError(f"run folder {self.path}: {parent} is a file; choose another run.dir or run.name")
-        if not resume and self.path.is_dir() and any(self.path.iterdir()):
+        try:
+            for parent in (self.path, *self.path.parents):
+                if parent.exists() and not parent.is_dir():
+                    raise UserError(f"run folder {self.path}: {parent} is a file; choose another run.dir or run.name")
+            used = self.path.is_dir() and any(self.path.iterdir())
+        except OSError as error:  # a name too long, a folder that may not be read
+            raise UserError(
+                f"run folder {self.path}: cannot be used ({error.strerror}); choose another run.dir or run.name"
+            ) from None
+        if not resume and used:
             raise UserError(
                 f"run folder {self.path} is not empty: continue that run with run.resume=true, "
                 "or choose another run.name or run.dir"
@@ -87,10 +94,11 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             if self.config_file.exists():
                 _warn_of_changes(load_config(self.config_file), config)
-            self.config_file.write_text(
+            write_whole(
+                self.config_file,
                 f"# The configuration of this run, whole. To repeat it under another name:\n"
                 f"#   python -m distmoe train {self.config_file} run.name=NAME run.resume=false\n"
-                f"{config_to_yaml(config)}"
+                f"{config_to_yaml(config)}",
             )
         except OSError as error:
             raise UserError(
@@ -133,15 +141,24 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     Raises:
         UserError: It cannot be written.
     """
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_text(json.dumps(values, indent=1) + "\n")
-        temporary.replace(path)
+        write_whole(path, json.dumps(values, indent=1) + "\n")
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(
             f"{path}: cannot be written ({error.strerror}); free space or make the folder writable"
         ) from None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all; OSError if it cannot be written."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def _warn_of_changes(before: RunConfig, now: RunConfig) -> None:

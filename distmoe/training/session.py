@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from distmoe.config import RunConfig, config_to_yaml
+from distmoe.config import RunConfig, config_to_yaml, parse_config
+from distmoe.config.io import parse_yaml
 from distmoe.contracts import UserError
 from distmoe.data.augment import Augmenter
 from distmoe.data.index_plan import IndexPlan, split_validation
@@ -91,7 +92,7 @@ class Session:
         """Goes on from a checkpoint.
 
         Raises:
-            UserError: It is of other data or another model.
+            UserError: It is of other data, another model or another optimizer.
         """
         if state.fingerprint != self.data.fingerprint:
             raise UserError(
@@ -103,6 +104,19 @@ class Session:
             raise UserError(
                 f"the checkpoint of step {state.progress.step} is beyond this run's {self.total_steps} steps: "
                 "set train.epochs or train.max_steps to at least as many, or start a new run"
+            )
+        if state.progress.epoch_step > self.plan.num_steps:
+            raise UserError(
+                f"the checkpoint of step {state.progress.step} lies {state.progress.epoch_step} steps into its epoch, "
+                f"which has only {self.plan.num_steps} with data.batch_size={self.config.data.batch_size}: resume with "
+                "the data section it was trained with, or start a new run"
+            )
+        trained_with = parse_config(parse_yaml(state.config_yaml, "checkpoint"), "checkpoint").optim.name
+        if trained_with != self.config.optim.name:
+            raise UserError(
+                f"the checkpoint of step {state.progress.step} holds the moments of {trained_with}, which optim.name "
+                f"({self.config.optim.name}) cannot use: resume with optim.name={trained_with}, or start a new run "
+                "from its weights with model.init_from"
             )
         weights = {name: one.weight for name, one in state.parameters.items()}
         load_inference_weights(self.module, {**weights, **state.buffers}, f"checkpoint of step {state.progress.step}")
