@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -464,6 +465,12 @@ def all_damaged(run: Path) -> None:
         weights.write_bytes(weights.read_bytes()[:-1])
 
 
+def long_metrics(run: Path) -> None:
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 1.0}) + "\n")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write((json.dumps({"step": 2, "loss": 1.0}) + "\n") * 200)
+
+
 def best_gone(run: Path) -> None:
     edited(run / f"checkpoints/step-{STEPS}", best={"step": 1, "accuracy": 1.0})
 
@@ -471,6 +478,12 @@ def best_gone(run: Path) -> None:
 def best_damaged(run: Path) -> None:
     edited(run / f"checkpoints/step-{STEPS}", best={"step": 2, "accuracy": 1.0})
     (run / "checkpoints/step-2/weights.safetensors").write_bytes(b"")
+
+
+def without_tensorboard(place: Place) -> list[str]:
+    """Its files would be the first to be too large."""
+    place.patch.setattr("distmoe.training.tensorboard.SummaryWriter", MagicMock())
+    return place.train("train.log_every_steps=1", "train.epochs=9", "moe=null")
 
 
 # What training writes before the first checkpoint, whole: nothing of it is a temporary file.
@@ -565,8 +578,8 @@ RUNS = [
     ),
     Row(
         "full disk: metrics",
-        on_full_disk(4000, lambda place: place.train("train.log_every_steps=1", "train.epochs=9", "moe=null")),
-        ("{folder}/runs/a/", "cannot be written (File too large)", "free space"),
+        on_full_disk(4000, without_tensorboard),
+        ("{folder}/runs/a/metrics.jsonl: cannot be written (File too large)", "free space"),
         leaves=WHOLE,
     ),
     Row(
@@ -595,7 +608,36 @@ RUNS = [
         "full disk: profile",
         on_full_disk(40_000, lambda place: place.train("train.profile_steps=1", "train.epochs=4")),
         ("{folder}/runs/a/profile", "cannot be written", "free space"),
-        leaves=(*WHOLE, "runs/a/profile"),
+        leaves=WHOLE,
+    ),
+    Row(
+        "full disk: metrics of a resumed run",
+        on_full_disk(2500, resumed(long_metrics)),
+        ("{folder}/runs/a/metrics.jsonl: cannot be written (File too large)",),
+        leaves=("runs/a/config.yaml",),
+    ),
+    Row(
+        "full disk: report",
+        on_full_disk(500, on_run("report", nothing, "--out", "{folder}/report")),
+        ("report {folder}/report:", "File too large", "--out"),
+        leaves=("report",),
+    ),
+    Row(
+        "a finished run with a damaged summary",
+        lambda place: resumed(lambda run: (run / "summary.json").write_text("[]"))(place)[:3],
+        ("{folder}/runs/a/summary.json: cannot be read", "remove it"),
+    ),
+    Row("report: no run", lambda place: ["report", str(place.folder)], ("run {folder}: no config.yaml there",)),
+    Row(
+        "report: not writable",
+        on_run("report", nothing, "--out", "{folder}/runs/a/config.yaml/x"),
+        ("{folder}/runs/a/config.yaml", "Not a directory", "--out"),
+    ),
+    Row(
+        "report: a foreign evaluation",
+        on_run("report", lambda run: (run / "evaluation.json").write_text('{"class_accuracy": {}, "layers": []}')),
+        ("{folder}/runs/a/evaluation.json: not a whole evaluation", "distmoe evaluate"),
+        leaves=("report", "report/learning_curves.png"),
     ),
 ]
 

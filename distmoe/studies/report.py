@@ -12,7 +12,7 @@ from distmoe.contracts import UserError
 from distmoe.studies.intervals import mean_interval
 from distmoe.training.figures import class_expert_figure, learning_curves_figure
 from distmoe.training.metrics import read_metrics
-from distmoe.training.run_folder import RunFolder
+from distmoe.training.run_folder import RunFolder, write_whole
 
 Curve = tuple[list[float], list[float]]
 
@@ -48,7 +48,7 @@ def write_report(runs: list[Path], out: Path) -> list[Path]:
         for folder in folders:
             written += _heat_maps(folder, out)
         table = out / "results.md"
-        table.write_text(results_table(folders))
+        write_whole(table, results_table(folders))
     except OSError as error:
         raise UserError(f"report {out}: {error.filename or out}: {error.strerror}; choose another --out") from None
     return [*written, table]
@@ -106,7 +106,7 @@ def _heat_maps(folder: RunFolder, out: Path) -> list[Path]:
         values: dict[str, Any] = json.loads(file.read_text())
         names = list(values["class_accuracy"])
         tables = {layer: torch.tensor(measures["class_by_expert"]) for layer, measures in values["layers"].items()}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: not a whole evaluation ({error}); run `distmoe evaluate {folder.path}`") from None
     return [
         _save(
@@ -117,9 +117,15 @@ def _heat_maps(folder: RunFolder, out: Path) -> list[Path]:
 
 
 def _curve(lines: list[dict[str, Any]], key: str) -> Curve:
-    return [line["step"] for line in lines], [line[key] for line in lines]
+    with_key = [line for line in lines if isinstance(line.get(key), float)]
+    return [line["step"] for line in with_key], [line[key] for line in with_key]
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        figure.savefig(temporary, format="png")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return path

@@ -3,8 +3,10 @@
 ``metrics.jsonl`` is the record; TensorBoard and the console show the same numbers. Keys: docs/metrics.md.
 """
 
+import contextlib
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +18,7 @@ from torch import Tensor
 from distmoe.contracts import UserError
 from distmoe.moe.losses import add_sums
 from distmoe.moe.measures import describe_routing, routing_sums
+from distmoe.training.run_folder import write_whole
 from distmoe.training.step import StepResult
 
 
@@ -42,9 +45,7 @@ class MetricsFile:
                 for line in lines
                 if line["step"] < resume_step or (line["step"] == resume_step and line.get("split") not in redone)
             ]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            temporary.replace(path)
+            write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
             self._file = path.open("a")
         except OSError as error:
             raise UserError(
@@ -53,10 +54,15 @@ class MetricsFile:
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Appends one line."""
+        whole = os.fstat(self._file.fileno()).st_size
         try:
             self._file.write(json.dumps(values) + "\n")
             self._file.flush()
         except OSError as error:
+            with contextlib.suppress(OSError):  # closing tries once more to write the rest
+                self._file.close()
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, whole)
             raise UserError(f"{self.path}: cannot be written ({error.strerror}); free space and resume") from None
 
     def __enter__(self) -> "MetricsFile":

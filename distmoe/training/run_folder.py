@@ -116,6 +116,8 @@ class RunFolder:
             return None
         try:
             summary: dict[str, Any] = json.loads(self.summary_file.read_text())
+            if not isinstance(summary, dict) or not isinstance(summary.get("test_accuracy"), float):
+                raise ValueError("it holds no test_accuracy")
         except (OSError, ValueError) as error:
             raise UserError(f"{self.summary_file}: cannot be read ({error}); remove it and resume the run") from None
         return summary

@@ -310,6 +310,8 @@ def check_refused(row: Row, place: Place, capsys: pytest.CaptureFixture[str]) ->
     for name, content in after.items():
         if name.endswith(".json") and name in new:
             json.loads(content or b"")
+        if name.endswith(".jsonl") and name in new:
+            assert all(json.loads(line) for line in (content or b"").splitlines())
     return error
 
 
