@@ -49,8 +49,8 @@ Run = Annotated[Path, typer.Argument(help="Folder of a trained run, e.g. runs/sm
 def train(config: Config, overrides: Overrides = None) -> None:
     """Train a run, then test it once.
 
-    Everything goes into its folder, run.dir/run.name. Prepares the data first where needed; never downloads. Ctrl-C or SIGTERM: save, exit with 130 or 143; continue
-    with run.resume=true.
+    Everything goes into its folder, run.dir/run.name. Prepares the data first where needed; never downloads. Ctrl-C or
+    SIGTERM: save, exit with 130 or 143; continue with run.resume=true.
     """
     run_config = load_config(config, overrides or [])
     module = _load("train")
@@ -67,8 +67,8 @@ def train(config: Config, overrides: Overrides = None) -> None:
 def evaluate(run: Run, overrides: Overrides = None) -> None:
     """Test a trained run and show its experts.
 
-    Accuracy, accuracy of each class, and what each expert gets. Writes evaluation.json into the run's folder where nothing is overridden. With moe.gate.k=1, fewer experts at
-    test time.
+    Accuracy, accuracy of each class, and what each expert gets. Writes evaluation.json into the run's folder where
+    nothing is overridden. With moe.gate.k=1, fewer experts at test time.
     """
     typer.echo(_load("evaluate").evaluate_run(run, overrides or []))
 

@@ -4,7 +4,9 @@ To add a row, add a line to one of the lists: a name, a function that prepares f
 command line, and pieces of the message (the place, the value, the fix). See :func:`changed` for the common case.
 """
 
+import errno
 import hashlib
+import io
 import json
 import os
 import resource
@@ -189,7 +191,12 @@ COMBINATIONS = [
     changed("the same at prepare", "moe.gate.k=3", "moe.gate.k (3)", command="prepare"),
     changed("no override", "optim.lr", "override 'optim.lr': must look like section.field=value"),
     changed("more threads than can start", "train.num_threads=1000000000", "train.num_threads (1000000000)", "1024"),
-    changed("a model beyond the memory", "model.ffn_hidden=2147483647", "not enough memory", "model.ffn_hidden"),
+    changed(
+        "a model beyond the memory",
+        "model.ffn_hidden=2147483647;moe.num_experts=100000",
+        "not enough memory",
+        "num_experts",
+    ),
     changed("NUL in a path", r'data.root="a\0b"', r"data.root ('a\x00b')"),
     changed("a run folder's name too long", f"run.dir={'x' * 300}", "run folder xxx", "File name too long", "run.dir"),
     changed("a data file's name too long", f"data.path={'x' * 300}", "data.path xxx", ".npz"),
@@ -251,8 +258,6 @@ CONFIG_FILES = [
 
 
 def zip_bytes(**changes: Any) -> bytes:
-    import io
-
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=True, **arrays(**changes))
     return buffer.getvalue()
@@ -331,6 +336,18 @@ def on_full_disk(limit: int, arguments: Prepare) -> Prepare:
     return prepare
 
 
+def full_at_the_sidecar(place: Place) -> list[str]:
+    replace = os.replace
+
+    def refuse(source: Any, target: Any, **options: Any) -> None:
+        if str(target).endswith(".json"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target, **options)
+
+    place.patch.setattr(os, "replace", refuse)
+    return ["prepare", *place.train(FFCV)[1:]]
+
+
 FFCV = "data.loader=ffcv"
 DATA_SETS = [
     Row("cifar10: not there", of_set("cifar10"), ("data.name=cifar10", "{folder}/root/cifar-10", "distmoe prepare")),
@@ -390,9 +407,9 @@ DATA_SETS = [
     ),
     Row(
         "full disk: prepared file's side-car",
-        on_full_disk(100, lambda place: ["prepare", *place.train(FFCV)[1:]]),
-        ("{folder}/root", "data.prepared_dir", "free some space"),
-        leaves=("root", "root/*.lock"),
+        full_at_the_sidecar,
+        ("{folder}/root (No space left on device", "data.prepared_dir", "free some space"),
+        leaves=("root", "root/*.lock", "root/*.beton"),
     ),
 ]
 

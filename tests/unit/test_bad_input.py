@@ -278,6 +278,7 @@ class kept_logging:  # noqa: N801 - reads as a function
 @pytest.fixture
 def place(tmp_path: Path, material: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)  # the same messages and bits on every machine
     for name in ("WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
     with kept_logging():
