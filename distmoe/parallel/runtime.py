@@ -66,10 +66,9 @@ def open_runtime(config: RunConfig) -> Iterator[Runtime]:
     num_threads = config.train.num_threads or available_cpus()
     restarts = _environment_number("TORCHELASTIC_RESTART_COUNT", 0)
     runtime = Runtime(device=device, num_threads=num_threads, restarts=restarts)
-    threads, deterministic = torch.get_num_threads(), torch.get_deterministic_debug_mode()
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(num_threads)
-    # Not torch.use_deterministic_algorithms, which also imports the compiler: 2 s of start-up.
-    torch.set_deterministic_debug_mode("error" if device.type == "cpu" else "default")
+    torch.use_deterministic_algorithms(device.type == "cpu")
     # Deterministic mode also fills every new tensor, which costs 10 % of a step; nothing here reads one unwritten.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
@@ -77,7 +76,7 @@ def open_runtime(config: RunConfig) -> Iterator[Runtime]:
             yield runtime
     finally:
         torch.set_num_threads(threads)
-        torch.set_deterministic_debug_mode(deterministic)
+        torch.use_deterministic_algorithms(deterministic)
 
 
 def available_cpus() -> int:

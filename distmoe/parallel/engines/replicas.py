@@ -108,7 +108,6 @@ class ReplicasEngine:
 
     def close(self) -> None:
         """See the protocol. Accelerate keeps its settings in process-wide state, which is cleared for the next run."""
-        self._accelerator.free_memory()
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
 
