@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 _TEMPORARY = ".writing-"
+_ALWAYS = {"weights.safetensors", "moments.safetensors", "buffers.safetensors", "state.json", "config.yaml"}
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,8 @@ def load_checkpoint(folder: Path) -> TrainingState:
     """
     try:
         checksums = json.loads((folder / "checksums.json").read_text())
+        if unlisted := _ALWAYS - checksums.keys():
+            raise UserError(f"checkpoint {folder}: checksums.json lacks {min(unlisted)}; use another checkpoint")
         for name, expected in checksums.items():
             if _checksum(folder / name) != expected:
                 raise UserError(f"checkpoint {folder}: {name} is damaged (checksum differs); use another checkpoint")
