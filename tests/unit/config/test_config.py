@@ -146,9 +146,9 @@ def test_example_is_valid_and_reads_back_equal(tmp_path: Path, path: Path):
 def test_configuration_cannot_be_changed():
     config = RunConfig()
     with pytest.raises(ValidationError, match="frozen"):
-        config.seed = 1  # type: ignore[misc]
+        config.seed = 1
     with pytest.raises(ValidationError, match="frozen"):
-        config.data.augment.cutout = 1  # type: ignore[misc]
+        config.data.augment.cutout = 1
     assert hash(config) == hash(RunConfig())
 
 
