@@ -18,7 +18,7 @@ def evaluate_run(run: Path, overrides: list[str]) -> str:
 
     Args:
         run: The run's folder.
-        overrides: Changes of its configuration, e.g. ``moe.gate.k=1``; without any, ``evaluation.json`` is written.
+        overrides: Changes of its configuration, e.g. ``moe.gate.k=4``; without any, ``evaluation.json`` is written.
 
     Raises:
         UserError: The run has no whole checkpoint, or an override does not fit it.

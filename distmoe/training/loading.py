@@ -52,7 +52,7 @@ def load_model(source: str | Path, overrides: tuple[str, ...] | list[str] = ()) 
     Args:
         source: The folder of a run (the checkpoint that was selected for its test is taken) or an exported
             ``.safetensors`` file.
-        overrides: Changes of its configuration, e.g. ``["moe.gate.k=1"]`` for fewer experts an image.
+        overrides: Changes of its configuration, e.g. ``["moe.gate.k=4"]`` for more experts a token.
 
     Raises:
         UserError: There is no trained model there, it is damaged, or an override does not fit its weights.
