@@ -37,15 +37,29 @@ class DenseFFN(nn.Module):
         return output
 
 
+class BatchNorm(nn.BatchNorm2d):
+    """Batch norm that takes any number of rows: zero rows change nothing, and one value a channel does not raise.
+
+    Where a channel has fewer than two values there is no variance to normalise by: the running statistics stand in,
+    and stay as they are.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to the same shape."""
+        if self.training and x.numel() < 2 * self.num_features:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return super().forward(x)
+
+
 class Stage(nn.Module):
     """conv - pool - norm - GELU - conv - norm - GELU: half the height and width, ``width_out`` channels."""
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(width_out)
+        self.norm1 = BatchNorm(width_out)
         self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(width_out)
+        self.norm2 = BatchNorm(width_out)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C', H/2, W/2)."""

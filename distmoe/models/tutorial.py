@@ -7,6 +7,7 @@ are not known; ours are in ``configs/cifar10_tutorial.yaml``.
 
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,7 +22,7 @@ from distmoe.moe.routing import at_least_float32
 
 
 class PooledCNN(nn.Module):
-    """[3x3 convolution, ReLU, 2x2 max-pool] for each entry of ``channels``, then two linear layers.
+    """[3x3 convolution, 2x2 max-pool, ReLU] for each entry of ``channels``, then two linear layers.
 
     Args:
         input_shape: (C, H, W).
@@ -49,8 +50,9 @@ class PooledCNN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, num_outputs)."""
+        x = x.contiguous(memory_format=torch.channels_last)  # pooling is several times faster that way on a CPU
         for convolution in self.convolutions:
-            x = F.max_pool2d(F.relu(convolution(x)), 2)
+            x = F.relu(F.max_pool2d(convolution(x), 2))  # equal to pooling after ReLU, on a quarter of the values
         scores: Tensor = self.fc2(F.relu(self.fc1(x.flatten(1))))
         return scores
 

@@ -70,8 +70,12 @@ class MLPExperts(Experts):
         activation = _ACTIVATIONS[self.activation]
         # Cast the stacks once: autocast would cast each expert's slice of them, forward and backward.
         weights = [_autocast(weight).unbind() for weight in (self.w1, self.b1, self.w2, self.b2)]
-        parts = zip(rows_R.split(rows_per_expert_L.tolist()), *weights, strict=True)
-        return torch.cat([torch.addmm(b2, activation(torch.addmm(b1, x, w1)), w2) for x, w1, b1, w2, b2 in parts])
+        quantum = _row_quantum(weights[0][0])
+        outputs = []
+        for x, w1, b1, w2, b2 in zip(rows_R.split(rows_per_expert_L.tolist()), *weights, strict=True):
+            padded = F.pad(x, (0, 0, 0, -len(x) % quantum))
+            outputs.append(torch.addmm(b2, activation(torch.addmm(b1, padded, w1)), w2)[: len(x)])
+        return torch.cat(outputs)
 
     @torch.no_grad()
     def reset_expert(self, index: int) -> None:
@@ -109,6 +113,15 @@ class ModuleExperts(Experts):
             reset = getattr(module, "reset_parameters", None)
             if callable(reset):
                 reset()
+
+
+def _row_quantum(weight: Tensor) -> int:
+    """Rows of a matrix product are padded to a multiple of this.
+
+    On a CPU, products in half precision are compiled for each new number of rows, which costs more than the product:
+    an expert's rows differ from step to step, so a few round numbers make them 3 times faster.
+    """
+    return 256 if weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16) else 1
 
 
 def _autocast(weight: Tensor) -> Tensor:
