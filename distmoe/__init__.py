@@ -26,7 +26,6 @@ _PUBLIC = {
     "ZLoss": "distmoe.moe.losses",
     "build_model": "distmoe.models",
     "load_model": "distmoe.training.loading",
-    "train": "distmoe.train",
 }
 
 __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604 - the names are strings

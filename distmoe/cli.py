@@ -68,7 +68,7 @@ def evaluate(run: Run, overrides: Overrides = None) -> None:
     """Test a trained run and show its experts.
 
     Accuracy, accuracy of each class, and what each expert gets. Writes evaluation.json into the run's folder where
-    nothing is overridden. With moe.gate.k=1 moe.gate.renormalize=false, one expert a token.
+    nothing is overridden. With moe.gate.k=1, one expert a token.
     """
     typer.echo(_load("evaluate").evaluate_run(run, overrides or []))
 

@@ -51,14 +51,17 @@ class Batch:
         labels: (B,) int64.
         sample_ids: (B,) int64, the sample's position in its stored split; the key of all its noise.
         factors: Named tensors recorded with a sample, each (B,) or (B, F): translation, rotation, ...
-        num_valid: B, the number of samples that count.
     """
 
     images: Tensor
     labels: Tensor
     sample_ids: Tensor
     factors: Mapping[str, Tensor] = field(default_factory=dict)
-    num_valid: int = 0
+
+    @property
+    def num_valid(self) -> int:
+        """B, the number of samples that count."""
+        return len(self.labels)
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class Context:
         step: Optimizer step, counted from 0.
         sample_ids: (B,) int64 of the samples in this forward pass.
         training: Whether noise, dropout and jitter apply.
+        path: Name of the module that draws, so that no two of them draw alike.
         rows_per_sample: Tokens a sample has at this place of the network; rows come in sample order.
     """
 
@@ -77,8 +81,9 @@ class Context:
     step: int
     sample_ids: Tensor
     training: bool
+    path: str = ""
     rows_per_sample: int = 1
 
-    def at(self, rows_per_sample: int) -> "Context":
-        """The same context where a sample has that many tokens."""
-        return replace(self, rows_per_sample=rows_per_sample)
+    def within(self, name: str) -> "Context":
+        """The context of the submodule ``name``."""
+        return replace(self, path=f"{self.path}.{name}" if self.path else name)

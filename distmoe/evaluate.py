@@ -1,6 +1,5 @@
 """Looking at a run: its test result with the expert analysis, and what a configuration would do."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,8 @@ def evaluate_run(run: Path, overrides: list[str]) -> str:
     config = load_config(folder.config_file, [*overrides, "model.init_from=null"])
     state = folder.selected(config.train.select)
     with open_runtime(config) as runtime, open_session(config, runtime) as session:
-        session.progress = replace(state.progress)
+        if not any(override.startswith("data.") for override in overrides):
+            session.check_same_data(state)
         session.select(state)
         result = session.evaluate_current("test")
         values = {"step": state.progress.step, **result.describe(session.data.spec)}

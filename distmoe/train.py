@@ -1,20 +1,21 @@
 """The main flow: config -> runtime -> data -> model -> engine -> fit -> test."""
 
+import dataclasses
 import importlib.metadata
 import logging
 import platform
 import signal
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from distmoe.config import RunConfig
+from distmoe.config import RunConfig, TopKGateSection
 from distmoe.contracts import UserError
 from distmoe.parallel.runtime import open_runtime, process_start_time
 from distmoe.training.checkpoint import Best, CheckpointFolder, Progress
-from distmoe.training.cost import measure_cost
+from distmoe.training.cost import Cost, measure_cost
 from distmoe.training.metrics import MetricsFile
 from distmoe.training.profile import Profile
 from distmoe.training.progress_bar import ProgressBar
@@ -38,22 +39,6 @@ class Interrupted(Exception):  # noqa: N818 - not an error
     def __init__(self, signal_number: int) -> None:
         super().__init__(signal.Signals(signal_number).name)
         self.signal_number = signal_number
-
-
-@dataclass
-class Clock:
-    """Times of a run, in seconds.
-
-    Attributes:
-        step_s: Spent in optimizer steps, waiting for data included.
-        samples: Trained on, meanwhile.
-        first_step_s: From the start of the process to the end of the first step.
-    """
-
-    step_s: float = 0.0
-    samples: int = 0
-    first_step_s: float | None = None
-    started: float = field(default_factory=time.perf_counter)
 
 
 @dataclass(frozen=True)
@@ -83,103 +68,151 @@ def train(config: RunConfig) -> dict[str, Any] | None:
             is not finite any more.
         Interrupted: SIGINT or SIGTERM came; the run has saved and can be resumed.
     """
+    _check_trainable(config)
     folder = RunFolder.of(config)
     with open_runtime(config) as runtime:
         resume = config.run.resume or runtime.restarts > 0
         folder.check_free(resume)
         with open_session(config, runtime) as session:
             checkpoints = folder.checkpoints(config.run.keep_checkpoints)
-            state = checkpoints.newest() if resume else None
-            if resume and state is None:
-                logger.info("no whole checkpoint in %s: starting at step 0", checkpoints.root)
-            if state is not None:
-                session.restore(state)
-                logger.info("resuming %s from step %d of %d", folder.path, state.progress.step, session.total_steps)
+            with folder.held():
+                _start(session, folder, checkpoints, resume)
                 if session.finished and (summary := folder.read_summary()) is not None:
                     logger.info("it is finished: test accuracy %.4f", summary["test_accuracy"])
                     return summary
-            folder.open(config)
-            _log_start(session, folder)
-            clock = Clock()
-            with ExitStack() as stack:
-                evaluated = session.progress.epoch_step == 0
-                outputs = Outputs(
-                    folder=folder,
-                    checkpoints=checkpoints,
-                    metrics=stack.enter_context(MetricsFile(folder.metrics_file, session.progress.step, evaluated)),
-                    tensorboard=stack.enter_context(TensorBoardLog(folder.tensorboard, session.progress.step)),
-                    bar=stack.enter_context(ProgressBar(session.total_steps, session.progress.step)),
-                )
-                with runtime.saving_on_signal():
-                    completed = fit(session, outputs, clock)
-                if not completed:
-                    logger.info("stopped after %d steps, as train.stop_after_steps says", session.progress.step)
-                    return None
-                train_seconds = time.perf_counter() - clock.started
-                return _test(session, outputs, _summary(session, clock, train_seconds))
+                return _train_and_test(session, folder, checkpoints)
 
 
-def fit(session: Session, outputs: Outputs, clock: Clock) -> bool:
+def _check_trainable(config: RunConfig) -> None:
+    gate = config.moe.gate if config.moe is not None else None
+    if isinstance(gate, TopKGateSection) and gate.k == 1 and gate.renormalize:
+        raise UserError(
+            "moe.gate.renormalize must be false for moe.gate.k=1: the one weight would always be 1, "
+            "and the gate would get no gradient from the task"
+        )
+
+
+def _start(session: Session, folder: RunFolder, checkpoints: CheckpointFolder, resume: bool) -> None:
+    """Goes on from the newest whole checkpoint, or starts from the configuration's weights."""
+    state = checkpoints.newest(set_aside=True) if resume else None
+    if state is not None:
+        session.restore(state)
+        logger.info("resuming %s from step %d of %d", folder.path, state.progress.step, session.total_steps)
+        return
+    if resume:
+        logger.info("no whole checkpoint in %s: starting at step 0", checkpoints.root)
+    if session.config.model.init_from is not None:
+        session.start_from_weights(session.config.model.init_from)
+
+
+def _train_and_test(session: Session, folder: RunFolder, checkpoints: CheckpointFolder) -> dict[str, Any] | None:
+    progress, cost = session.progress, measure_cost(session.module, session.data.spec)
+    folder.open(session.config)
+    _log_start(session, folder, cost)
+    with ExitStack() as stack:
+        outputs = Outputs(
+            folder=folder,
+            checkpoints=checkpoints,
+            metrics=stack.enter_context(MetricsFile(folder.metrics_file, progress.step, progress.evaluated)),
+            tensorboard=stack.enter_context(TensorBoardLog(folder.tensorboard, progress.step)),
+            bar=stack.enter_context(ProgressBar(session.total_steps, progress.step)),
+        )
+        session.clock.start()
+        with session.runtime.saving_on_signal():
+            completed = fit(session, outputs)
+        if not completed:
+            logger.info("stopped after %d steps, as train.stop_after_steps says", session.progress.step)
+            return None
+        return _test(session, outputs, _summary(session, cost))
+
+
+def fit(session: Session, outputs: Outputs) -> bool:
     """Trains from the session's progress to the end, epoch by epoch.
 
     Returns:
         False where ``train.stop_after_steps`` ended it before.
     """
-    config, finished, marks = session.config, session.finished, _Marks(session, clock)
-    with Profile(config.train.profile_steps, outputs.folder.path) as profile:
-        while not finished:
-            if not _train_epoch(session, outputs, clock, marks, profile):
+    with Profile(session.config.train.profile_steps, outputs.folder.path) as profile:
+        while not session.finished:
+            if not _train_epoch(session, outputs, profile):
                 return False
-            epoch, finished = session.progress.epoch, session.progress.step == session.total_steps
-            if finished or (epoch + 1) % config.train.evaluate_every_epochs == 0:
-                _validate(session, outputs)
-            session.progress = replace(session.progress, epoch=epoch + 1, epoch_step=0)
+            _end_epoch(session, outputs)
             _interrupt_if_signalled(session, outputs.save(session))
     return True
 
 
-def _train_epoch(session: Session, outputs: Outputs, clock: Clock, marks: "_Marks", profile: Profile) -> bool:
+def _train_epoch(session: Session, outputs: Outputs, profile: Profile) -> bool:
     """The rest of the current epoch, or of the run; False where the run is to stop early."""
-    train_section, epoch = session.config.train, session.progress.epoch
+    config, clock, epoch = session.config, session.clock, session.progress.epoch
     planned = session.plan.epoch(epoch, session.progress.epoch_step)
-    remaining = (session.total_steps - session.progress.step) * train_section.accumulation
+    remaining = (session.total_steps - session.progress.step) * config.train.accumulation
     with session.feed.training_steps(planned[:remaining], epoch) as steps:
         for micro_batches in steps:
             started = time.perf_counter()
             step = session.progress.step
-            result = train_step(session.engine, session.model, session.config, step, micro_batches)
+            result = train_step(session.engine, session.model, config, step, micro_batches)
             if session.average is not None:
                 session.average.update(step)
-            session.progress = Progress(step + 1, epoch, session.progress.epoch_step + 1)
+            session.progress = _advanced(session)
             session.interval.add(result)
+            if _log_due(session):  # otherwise a GPU works on while the clock is read
+                session.runtime.synchronize()
             clock.step_s += time.perf_counter() - started
-            clock.samples += int(result.step_samples)
+            clock.samples += result.step_samples
             if clock.first_step_s is None:
                 clock.first_step_s = time.time() - process_start_time()
             profile.step()
             outputs.bar.update(session.progress.step)
-            _after_step(session, outputs, marks)
+            _after_step(session, outputs)
             if _asked_to_stop(session, outputs):
                 return False
     return True
 
 
-def _after_step(session: Session, outputs: Outputs, marks: "_Marks") -> None:
+def _advanced(session: Session) -> Progress:
+    """The progress one step further; the last step of an epoch, and of the run, is followed by an evaluation."""
+    step, epoch_step = session.progress.step + 1, session.progress.epoch_step + 1
+    evaluation_due = epoch_step == session.plan.num_steps or step == session.total_steps
+    return Progress(step, session.progress.epoch, epoch_step, evaluated=not evaluation_due)
+
+
+def _end_epoch(session: Session, outputs: Outputs) -> None:
+    """Validates where it is due; after the last step of an epoch the next one begins."""
+    progress = session.progress
+    every = session.config.train.evaluate_every_epochs
+    if progress.step == session.total_steps or (progress.epoch + 1) % every == 0:
+        _validate(session, outputs)
+    session.progress = replace(progress, evaluated=True)
+    if progress.epoch_step == session.plan.num_steps:
+        session.progress = Progress(progress.step, progress.epoch + 1, 0)
+
+
+def _log_due(session: Session) -> bool:
+    step = session.progress.step
+    return step % session.config.train.log_every_steps == 0 or step == session.total_steps
+
+
+def _after_step(session: Session, outputs: Outputs) -> None:
     """Checks, logs and saves where it is due."""
     section, step, interval = session.config.train, session.progress.step, session.interval
-    log_due = step % section.log_every_steps == 0 or step == session.total_steps
+    log_due, evaluation_due = _log_due(session), not session.progress.evaluated
     save_due = section.checkpoint_every_steps is not None and step % section.checkpoint_every_steps == 0
-    last_of_epoch = session.progress.epoch_step == session.plan.num_steps
-    if log_due or save_due or last_of_epoch or session.runtime.device.type == "cpu":
-        _check_finite(session, outputs, weights=save_due or last_of_epoch or step == session.total_steps)
+    if log_due or save_due or evaluation_due or session.runtime.device.type == "cpu":
+        _check_finite(session, outputs, weights=save_due or evaluation_due)
     if log_due:
         weights = session.config.moe.loss_weights.model_dump() if session.config.moe else {}
-        numbers = {"step": step, "epoch": session.progress.epoch, **interval.describe(weights), **marks.rates()}
+        numbers = {
+            "step": step,
+            "epoch": session.progress.epoch,
+            **interval.describe(weights),
+            "lr": session.engine.learning_rate(),
+            **session.clock.rates_since_last(),
+        }
         outputs.metrics.write(numbers)
         outputs.tensorboard.training(numbers, interval.expert_loads(), step)
         outputs.bar.log(numbers)
         interval.clear()
-    if save_due and not last_of_epoch:  # after the last step of an epoch its evaluation comes first
+    if save_due and not evaluation_due:  # the evaluation comes first, and saves
         outputs.save(session)
 
 
@@ -243,7 +276,7 @@ def _record(session: Session, outputs: Outputs, split: str, result: Any) -> None
 
 def _test(session: Session, outputs: Outputs, summary: dict[str, Any]) -> dict[str, Any]:
     """Puts the selected weights in and touches the test set, once."""
-    state = outputs.folder.selected(session.config.train.select)
+    state = outputs.folder.selected(session.config.train.select, fall_back=True)
     session.select(state)
     result = session.evaluate_current("test")
     _record(session, outputs, "test", result)
@@ -253,23 +286,17 @@ def _test(session: Session, outputs: Outputs, summary: dict[str, Any]) -> dict[s
     return summary
 
 
-def _summary(session: Session, clock: Clock, train_seconds: float) -> dict[str, Any]:
-    cost = measure_cost(session.module, session.data.spec)
-    step_s = max(clock.step_s, 1e-9)
+def _summary(session: Session, cost: Cost) -> dict[str, Any]:
     return {
         "best_validation_accuracy": session.best.accuracy if session.best else None,
-        "train_seconds": train_seconds,
-        "first_step_seconds": clock.first_step_s,
-        "images_per_second": clock.samples / step_s,
-        "data_wait_share": session.feed.wait_s / step_s,
-        "augment_share": session.feed.augment_s / step_s,
-        "num_parameters": cost.num_parameters,
-        "num_active_parameters": cost.num_active_parameters,
-        "active_flops_per_image": cost.active_flops_per_image,
+        "train_seconds": session.clock.train_s(),
+        "first_step_seconds": session.clock.first_step_s,
+        **session.clock.rates(),
+        **dataclasses.asdict(cost),
         "steps": session.progress.step,
         "seed": session.config.seed,
         "world_size": session.runtime.world_size,
-        "expert_parallel_size": 1,
+        "expert_parallel_size": session.runtime.expert_parallel_size,
         "num_threads": session.runtime.num_threads,
         "device": str(session.runtime.device),
         "versions": {"python": platform.python_version(), **_versions()},
@@ -286,35 +313,10 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _log_start(session: Session, folder: RunFolder) -> None:
+def _log_start(session: Session, folder: RunFolder, cost: Cost) -> None:
     config, spec = session.config, session.data.spec
-    cost = measure_cost(session.module, spec)
     logger.info(
         "%s: %s on %s, %s parameters (%s active), %d steps, %s, %s, %d threads",
         folder.path, config.model.name, spec.name, f"{cost.num_parameters:,}", f"{cost.num_active_parameters:,}",
         session.total_steps, session.runtime.device, config.train.precision, session.runtime.num_threads,
     )  # fmt: skip
-
-
-class _Marks:
-    """Rates since the last time they were asked for."""
-
-    def __init__(self, session: Session, clock: Clock) -> None:
-        self._session, self._clock = session, clock
-        self._last = self._now()
-
-    def rates(self) -> dict[str, float]:
-        """Learning rate, images/s and the shares of waiting and augmenting in step time."""
-        now = self._now()
-        step_s, samples, wait_s, augment_s = (new - old for new, old in zip(now, self._last, strict=True))
-        self._last = now
-        step_s = max(step_s, 1e-9)
-        return {
-            "lr": self._session.engine.learning_rate(),
-            "images_per_second": samples / step_s,
-            "data_wait_share": wait_s / step_s,
-            "augment_share": augment_s / step_s,
-        }
-
-    def _now(self) -> tuple[float, float, float, float]:
-        return self._clock.step_s, float(self._clock.samples), self._session.feed.wait_s, self._session.feed.augment_s

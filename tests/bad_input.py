@@ -736,10 +736,10 @@ TABLE = [*COMBINATIONS, *SURROUNDINGS, *CONFIG_FILES, *ARRAYS, *DATA_SETS, *RUNS
 
 
 def snapshot(folder: Path) -> dict[str, bytes | None]:
-    """Everything in a folder: the content of files, None for folders."""
+    """Everything in a folder but locks: the content of files, None for folders."""
     found: dict[str, bytes | None] = {}
     for root, folders, files in os.walk(folder):
         inside = Path(root).relative_to(folder)
         found |= {str(inside / name): None for name in folders}
-        found |= {str(inside / name): (Path(root) / name).read_bytes() for name in files}
+        found |= {str(inside / name): (Path(root) / name).read_bytes() for name in files if name != ".lock"}
     return found

@@ -22,20 +22,11 @@ class TopKGateSection(Section):
     k: PositiveInt = 2
     """Experts a token."""
     renormalize: bool = True
-    """Divide the chosen probabilities by their sum. Refused for k=1, where the gate would get no task gradient."""
+    """Divide the chosen probabilities by their sum. Not to train k=1 with: the gate would get no task gradient."""
     capacity_factor: PositiveFloat | None = None
     """Rows an expert takes from a routing group, as a multiple of the even share; null: dropless."""
     group: Literal["image", "batch"] | PositiveInt = "image"
     """Routing group inside which capacity acts: one image, that many images, or the micro-batch."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "TopKGateSection":
-        if self.k == 1 and self.renormalize:
-            raise ValueError(
-                "moe.gate.renormalize must be false for moe.gate.k=1: the one weight would always be 1, "
-                "and the gate would get no gradient from the task"
-            )
-        return self
 
 
 AnyGate = Annotated[DenseGateSection | TopKGateSection, Field(discriminator="name")]

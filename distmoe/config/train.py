@@ -32,7 +32,7 @@ class TrainSection(Section):
     log_every_steps: PositiveInt = 20
     """Steps between two lines of metrics."""
     checkpoint_every_steps: PositiveInt | None = None
-    """Steps between two checkpoints, besides those after each evaluation."""
+    """Steps between two checkpoints, besides those after each epoch."""
     evaluate_every_epochs: PositiveInt = 1
     """Epochs between two evaluations on the validation set."""
     select: Literal["best", "last"] = "best"
@@ -60,5 +60,7 @@ class ParallelSection(Section):
     """Engine: ``replicas`` holds the whole model in each process."""
     expert_parallel_size: PositiveInt | Literal["auto"] = "auto"
     """Processes that share one copy of the experts; it must divide the number of processes and of experts."""
+    zero_stage: Annotated[int, Field(ge=0, le=0)] = 0
+    """How far optimizer state is spread over processes; ``replicas`` keeps all of it in each."""
     timeout_s: PositiveFloat = 300.0
     """Seconds after which a process that waits for another gives up."""

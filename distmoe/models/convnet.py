@@ -126,9 +126,10 @@ class ConvNet(nn.Module):
         for number, stage in enumerate(self.stages, start=1):
             x = stage(x)
             if str(number) in self.ffns:
-                x, routing = self.ffns[str(number)](x, context)
+                name = f"ffns.{number}"
+                x, routing = self.ffns[str(number)](x, context.within(name))
                 if routing is not None:
-                    routings[f"ffns.{number}"] = routing
+                    routings[name] = routing
         return ModelOutput(logits=self.head(x.amax(dim=(2, 3))) * HEAD_SCALE, routings=routings)
 
 

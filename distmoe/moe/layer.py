@@ -59,7 +59,7 @@ class MoELayer(nn.Module):
             routing = self.gate.weigh(routing, self.dispatcher.gather(result, plan))
         assert routing.weights_A is not None, "weigh() must give weights"
         y_T = self.dispatcher.combine(output_R, plan, routing.weights_A)
-        return y_T.to(x.dtype).unflatten(0, leading), routing
+        return y_T.to(x.dtype).unflatten(0, leading), replace(routing, rows_per_sample=rows_per_sample)
 
     def _own_context(self, x: Tensor) -> Context:
         seed = int(torch.randint(2**31, ())) if self.training else 0

@@ -52,7 +52,7 @@ class LoadBalanceLoss:
     """1 where tokens spread evenly over the experts, up to E where all go to one.
 
     ``E * sum_e f_e * P_e`` with f_e the share of assignments and P_e the mean probability of expert e. Gradients flow
-    through P only; f is a count of the assignments that were kept.
+    through P only; f is a count, before capacity drops any.
 
     Source: Fedus et al. 2021, eq. 4-6 (arXiv:2101.03961). Differs: with k > 1 every choice counts.
     """
@@ -61,9 +61,9 @@ class LoadBalanceLoss:
         """Assignments and summed probabilities of each expert, and the number of rows."""
         probs_TE = _probs(routing)
         return {
-            "assignments_E": routing.rows_per_expert().to(probs_TE),
+            "assignments_E": routing.demand_per_expert().to(probs_TE),
             "probs_E": probs_TE.sum(0),
-            "rows": probs_TE.new_tensor(float(routing.num_rows)),
+            "rows": probs_TE.new_tensor(float(len(probs_TE))),
         }
 
     def loss(self, sums: Sums) -> Tensor:
@@ -101,11 +101,12 @@ class ZLoss:
 
     def sums(self, routing: Routing) -> Sums:
         """Summed squares and the number of rows."""
-        if routing.logits_TE is None:
+        logits_TE = routing.flat_logits
+        if logits_TE is None:
             raise ValueError("the z loss needs a gate with logits")
         return {
-            "squares": routing.logits_TE.logsumexp(-1).square().sum(),
-            "rows": routing.logits_TE.new_tensor(float(routing.num_rows)),
+            "squares": logits_TE.logsumexp(-1).square().sum(),
+            "rows": logits_TE.new_tensor(float(len(logits_TE))),
         }
 
     def loss(self, sums: Sums) -> Tensor:
@@ -164,6 +165,7 @@ def classification_losses(logits_TC: Tensor, labels_T: Tensor, label_smoothing: 
 
 
 def _probs(routing: Routing) -> Tensor:
-    if routing.probs_TE is None:
+    probs_TE = routing.flat_probs
+    if probs_TE is None:
         raise ValueError("this loss needs a gate with probabilities")
-    return routing.probs_TE
+    return probs_TE

@@ -19,8 +19,8 @@ def routing_sums(routing: Routing) -> Sums:
     """What the tokens of one routing contribute to its measures, float64, without gradient.
 
     Returns:
-        ``rows`` (), ``assignments_E`` (E,), ``probs_E`` (E,) summed gate probabilities, ``entropy`` () summed bits of
-        each token's gate distribution, ``dropped`` ().
+        ``rows`` (), ``assignments_E`` (E,), ``dropped`` (), and for gates with probabilities ``distributions`` () and
+        ``entropy`` () summed bits of each of them (one a token, or one a token and filter).
     """
     routing = routing.detach()
     sums = {
@@ -28,9 +28,10 @@ def routing_sums(routing: Routing) -> Sums:
         "assignments_E": routing.rows_per_expert().double(),
         "dropped": torch.tensor(float(routing.num_dropped), dtype=torch.float64, device=routing.row_ids_A.device),
     }
-    if routing.probs_TE is not None:
-        sums["probs_E"] = routing.probs_TE.sum(0).double()
-        sums["entropy"] = torch.special.entr(routing.probs_TE).sum().double() / math.log(2)
+    probs = routing.flat_probs
+    if probs is not None:
+        sums["distributions"] = torch.tensor(float(len(probs)), dtype=torch.float64, device=probs.device)
+        sums["entropy"] = torch.special.entr(probs).sum().double() / math.log(2)
     return sums
 
 
@@ -52,12 +53,14 @@ def label_sums(routing: Routing, labels_B: Tensor, num_classes: int) -> Sums:
     cells_A = labels_T[routing.row_ids_A] * num_experts + routing.expert_ids_A
     table = torch.bincount(cells_A, minlength=num_classes * num_experts).double()
     sums = {"assigned_CE": table.view(num_classes, num_experts)}
-    if routing.probs_TE is not None:
-        favourites_T = labels_T * num_experts + routing.probs_TE.argmax(-1)
+    probs_TE = routing.flat_probs
+    if probs_TE is not None:
+        labels_T = labels_T.repeat_interleave(len(probs_TE) // max(routing.num_rows, 1))
+        favourites_T = labels_T * num_experts + probs_TE.argmax(-1)
         counts = torch.bincount(favourites_T, minlength=num_classes * num_experts).double()
         sums["favourite_CE"] = counts.view(num_classes, num_experts)
         soft_CE = torch.zeros(num_classes, num_experts, dtype=torch.float64, device=labels_T.device)
-        sums["soft_CE"] = soft_CE.index_add_(0, labels_T, routing.probs_TE.double())
+        sums["soft_CE"] = soft_CE.index_add_(0, labels_T, probs_TE.double())
     return sums
 
 
@@ -81,7 +84,7 @@ def describe_routing(sums: Sums) -> dict[str, float]:
         "dropped_share": float(sums["dropped"] / wanted),
     }
     if "entropy" in sums:
-        numbers["gate_entropy_bits"] = float(sums["entropy"] / sums["rows"].clamp(min=1))
+        numbers["gate_entropy_bits"] = float(sums["entropy"] / sums["distributions"].clamp(min=1))
     if "favourite_CE" in sums:
         numbers["class_information_bits"] = mutual_information_bits(sums["favourite_CE"])
         numbers["class_information_soft_bits"] = mutual_information_bits(sums["soft_CE"])

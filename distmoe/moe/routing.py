@@ -25,7 +25,7 @@ class Routing:
         logits_TE: (T, E) float32 gate logits, (T, C, E) for per-filter gates, or None.
         probs_TE: Softmax (or what the gate uses instead) of ``logits_TE``, same shape, or None.
         rows_per_sample: Tokens a sample has; rows come in sample order.
-        num_dropped: Assignments that the gate wanted and capacity refused.
+        wanted_E: (E,) int64 assignments each expert would have got without capacity; None where nothing is refused.
     """
 
     num_rows: int
@@ -36,7 +36,7 @@ class Routing:
     logits_TE: Tensor | None
     probs_TE: Tensor | None
     rows_per_sample: int = 1
-    num_dropped: int = 0
+    wanted_E: Tensor | None = None
 
     @property
     def assignments_per_row(self) -> int:
@@ -49,6 +49,25 @@ class Routing:
         if rest:
             raise ValueError(f"{len(self.row_ids_A)} assignments are not equally many for each of {self.num_rows} rows")
         return per_row
+
+    @property
+    def flat_logits(self) -> Tensor | None:
+        """(T, E), or (T * C, E) for per-filter gates: one row for each distribution over experts."""
+        return None if self.logits_TE is None else self.logits_TE.flatten(0, -2)
+
+    @property
+    def flat_probs(self) -> Tensor | None:
+        """As :attr:`flat_logits`, of the probabilities."""
+        return None if self.probs_TE is None else self.probs_TE.flatten(0, -2)
+
+    @property
+    def num_dropped(self) -> int:
+        """Assignments that the gate wanted and capacity refused."""
+        return 0 if self.wanted_E is None else int(self.wanted_E.sum()) - len(self.row_ids_A)
+
+    def demand_per_expert(self) -> Tensor:
+        """(E,) int64: how many assignments each expert would have got without capacity."""
+        return self.rows_per_expert() if self.wanted_E is None else self.wanted_E
 
     def rows_per_expert(self) -> Tensor:
         """(E,) int64: how many assignments each expert got on this rank."""

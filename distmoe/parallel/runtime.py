@@ -17,6 +17,8 @@ from distmoe.contracts import UserError
 
 logger = logging.getLogger(__name__)
 
+_LAUNCHER_VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+
 
 @dataclass
 class Runtime:
@@ -26,6 +28,7 @@ class Runtime:
         device: Where the model lives.
         rank: Position among all processes, from 0.
         world_size: Number of processes.
+        expert_parallel_size: Processes that share one copy of the experts.
         num_threads: CPU threads of torch.
         restarts: How often a launcher has restarted this run.
         stop_signal: Number of the signal that asked the run to save and stop, or None.
@@ -35,10 +38,16 @@ class Runtime:
     device: torch.device
     rank: int = 0
     world_size: int = 1
+    expert_parallel_size: int = 1
     num_threads: int = 1
     restarts: int = 0
     stop_signal: int | None = field(default=None)
     can_save: bool = False
+
+    def synchronize(self) -> None:
+        """Waits until the device has done what it was given; a CPU always has."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     @contextmanager
     def saving_on_signal(self) -> Iterator[None]:
@@ -70,6 +79,7 @@ def open_runtime(config: RunConfig) -> Iterator[Runtime]:
     torch.set_num_threads(num_threads)
     torch.use_deterministic_algorithms(device.type == "cpu")
     # Deterministic mode also fills every new tensor, which costs 10 % of a step; nothing here reads one unwritten.
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         with _recorded_signals(runtime):
@@ -77,6 +87,7 @@ def open_runtime(config: RunConfig) -> Iterator[Runtime]:
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
 
 
 def available_cpus() -> int:
@@ -87,6 +98,21 @@ def available_cpus() -> int:
 def process_start_time() -> float:
     """Seconds since the epoch at which this process was started."""
     return float(psutil.Process().create_time())
+
+
+@contextmanager
+def without_launcher_variables() -> Iterator[None]:
+    """Inside, a library that reads launchers' variables finds none: a run's settings come from its configuration.
+
+    Accelerate would divide gradients by ``ACCELERATE_GRADIENT_ACCUMULATION_STEPS``, and open a process group for the
+    one process of ``torchrun --nproc-per-node 1``.
+    """
+    hidden = {name for name in os.environ if name.startswith("ACCELERATE_") or name in _LAUNCHER_VARIABLES}
+    kept = {name: os.environ.pop(name) for name in hidden}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
 
 
 def set_up_logging() -> None:

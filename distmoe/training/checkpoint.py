@@ -28,7 +28,12 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 _TEMPORARY = ".writing-"
+_REPLACED = ".replaced-"
 _ALWAYS = {"weights.safetensors", "moments.safetensors", "buffers.safetensors", "state.json", "config.yaml"}
+
+
+class DamagedCheckpointError(UserError):
+    """A checkpoint is not whole: nothing of it can be trusted."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +43,14 @@ class Progress:
     Attributes:
         step: Optimizer steps done.
         epoch: Epoch the next step belongs to.
-        epoch_step: Steps of that epoch done; all of them while its evaluation is still to come.
+        epoch_step: Steps of that epoch done.
+        evaluated: Whether the evaluation that is due at this step, if any, is done.
     """
 
     step: int = 0
     epoch: int = 0
     epoch_step: int = 0
+    evaluated: bool = True
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,7 @@ class TrainingState:
         spec: Of the data.
         config_yaml: The run's configuration.
         interval: Sums of the metrics line that is still to be written, if any.
+        times: Of the run so far, see :class:`distmoe.training.clock.Clock`.
     """
 
     progress: Progress
@@ -81,6 +89,7 @@ class TrainingState:
     spec: DataSpec
     config_yaml: str
     interval: Mapping[str, float] = field(default_factory=dict)
+    times: Mapping[str, float] = field(default_factory=dict)
 
     def inference_weights(self) -> dict[str, Tensor]:
         """What a trained model holds: averaged weights where there are any, and buffers."""
@@ -91,6 +100,9 @@ class TrainingState:
 @dataclass
 class CheckpointFolder:
     """The checkpoints of one run.
+
+    What is damaged is renamed to ``damaged-step-N`` when a run goes on from an older one: it is out of the way, and
+    still there to be looked at.
 
     Attributes:
         root: The folder that holds ``step-N`` folders; made on the first save.
@@ -114,12 +126,7 @@ class CheckpointFolder:
                 shutil.rmtree(leftover)
             temporary.mkdir()
             _write(temporary, state)
-            replaced = self.root / f"{_TEMPORARY}over-{target.name}"
-            if target.exists():  # a step that is saved again after its evaluation, or a damaged one
-                target.rename(replaced)
-            temporary.rename(target)
-            _flush(self.root)
-            shutil.rmtree(replaced, ignore_errors=True)
+            self._replace(target, temporary)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             reason = getattr(error, "strerror", None) or str(error)
@@ -139,20 +146,49 @@ class CheckpointFolder:
         names = [path.name.removeprefix("step-") for path in self.root.glob("step-*") if path.is_dir()]
         return sorted(int(name) for name in names if name.isdigit())
 
-    def newest(self) -> TrainingState | None:
-        """The newest whole checkpoint; a damaged one is skipped with a warning; None if there is none."""
+    def newest(self, set_aside: bool = False) -> TrainingState | None:
+        """The newest whole checkpoint; None if there is none.
+
+        Args:
+            set_aside: Rename what is damaged, besides the warning, and put back what a crash left half-replaced.
+
+        Raises:
+            UserError: One cannot be read although it is not damaged (permissions, another format): going on from an
+                older one would throw it away.
+        """
+        if set_aside:
+            for kept in self.root.glob(f"{_REPLACED}step-*"):
+                target = self.root / kept.name.removeprefix(_REPLACED)
+                kept.rename(target) if not target.exists() else shutil.rmtree(kept)
         for step in reversed(self.steps()):
             try:
                 return load_checkpoint(self.path(step))
-            except UserError as error:
+            except DamagedCheckpointError as error:
                 logger.warning("%s; trying the one before", error)
+                if set_aside:
+                    aside = self.root / f"damaged-step-{step}"
+                    shutil.rmtree(aside, ignore_errors=True)
+                    self.path(step).rename(aside)
         return None
 
+    def _replace(self, target: Path, temporary: Path) -> None:
+        """Puts ``temporary`` in the place of ``target``: a step saved again after its evaluation."""
+        replaced = self.root / f"{_REPLACED}{target.name}"
+        if target.exists():
+            target.rename(replaced)
+        try:
+            temporary.rename(target)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(target)
+            raise
+        _flush(self.root)
+        shutil.rmtree(replaced, ignore_errors=True)
+
     def _prune(self, saved: TrainingState) -> None:
-        # Later steps than this one are of a past that was given up, because they were damaged.
-        steps = [step for step in self.steps() if step <= saved.progress.step]
+        steps = self.steps()
         kept = set(steps[-self.keep :]) | ({saved.best.step} if saved.best else set())
-        for step in self.steps():
+        for step in steps:
             if step not in kept:
                 shutil.rmtree(self.path(step), ignore_errors=True)
 
@@ -161,27 +197,29 @@ def load_checkpoint(folder: Path) -> TrainingState:
     """Reads and verifies one checkpoint folder.
 
     Raises:
-        UserError: It is missing, damaged, or of another format; the message names the file.
+        DamagedCheckpointError: It is missing or damaged; the message names the file.
+        UserError: It may not be read, or is of another format.
     """
     try:
         checksums = json.loads((folder / "checksums.json").read_text())
         if unlisted := _ALWAYS - checksums.keys():
-            raise UserError(f"checkpoint {folder}: checksums.json lacks {min(unlisted)}; use another checkpoint")
+            raise DamagedCheckpointError(f"checkpoint {folder}: checksums.json lacks {min(unlisted)}; use another")
         for name, expected in checksums.items():
             if _checksum(folder / name) != expected:
-                raise UserError(f"checkpoint {folder}: {name} is damaged (checksum differs); use another checkpoint")
+                raise DamagedCheckpointError(f"checkpoint {folder}: {name} is damaged (checksum differs); use another")
         values = json.loads((folder / "state.json").read_text())
         if values["format"] != FORMAT:
             raise UserError(f"checkpoint {folder}: format {values['format']}, this version reads {FORMAT}")
         return _read(folder, values)
-    except FileNotFoundError as error:
-        raise UserError(
-            f"checkpoint {folder}: {Path(error.filename or '').name or 'it'} is missing; use another"
-        ) from None
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
+        name = Path(error.filename or "").name or "it"
+        raise DamagedCheckpointError(f"checkpoint {folder}: {name} is missing; use another") from None
+    except OSError as error:
+        raise UserError(f"checkpoint {folder}: cannot be read ({error}); mend that, or use another") from None
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"checkpoint {folder}: cannot be read ({error}); use another checkpoint") from None
+        raise DamagedCheckpointError(f"checkpoint {folder}: cannot be read ({error}); use another") from None
 
 
 def spec_to_json(spec: DataSpec) -> dict[str, Any]:
@@ -215,6 +253,7 @@ def _write(folder: Path, state: TrainingState) -> None:
         "fingerprint": state.fingerprint,
         "spec": spec_to_json(state.spec),
         "interval": dict(state.interval),
+        "times": dict(state.times),
     }
     (folder / "state.json").write_text(json.dumps(values, indent=1))
     (folder / "config.yaml").write_text(state.config_yaml)
@@ -243,6 +282,7 @@ def _read(folder: Path, values: dict[str, Any]) -> TrainingState:
         spec=spec_from_json(values["spec"]),
         config_yaml=(folder / "config.yaml").read_text(),
         interval=values["interval"],
+        times=values["times"],
     )
 
 

@@ -24,6 +24,10 @@ class WeightAverage:
         self._weights: list[Tensor] = list(model.parameters())
         self._averages = [weight.detach().clone() for weight in self._weights]
 
+    def restart(self) -> None:
+        """Starts anew at the model's weights as they are."""
+        self._averages = [weight.detach().clone() for weight in self._weights]
+
     @torch.no_grad()
     def update(self, step: int) -> None:
         """After optimizer step ``step`` (from 0)."""

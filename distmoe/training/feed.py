@@ -77,7 +77,6 @@ class Feed:
             labels=batch.labels.to(self._device, non_blocking=True),
             sample_ids=batch.sample_ids.to(self._device, non_blocking=True),
             factors={name: value.to(self._device, non_blocking=True) for name, value in batch.factors.items()},
-            num_valid=batch.num_valid,
         )
 
 

@@ -56,7 +56,12 @@ class MetricsFile:
         """Appends one line."""
         whole = os.fstat(self._file.fileno()).st_size
         try:
-            self._file.write(json.dumps(values) + "\n")
+            # JSON has no infinities: a gradient norm of a skipped fp16 step becomes null.
+            finite = {
+                key: None if isinstance(value, float) and not math.isfinite(value) else value
+                for key, value in values.items()
+            }
+            self._file.write(json.dumps(finite) + "\n")
             self._file.flush()
         except OSError as error:
             with contextlib.suppress(OSError):  # closing tries once more to write the rest

@@ -3,13 +3,15 @@
 import contextlib
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distmoe.config import RunConfig, config_to_yaml, load_config
 from distmoe.contracts import UserError
-from distmoe.training.checkpoint import CheckpointFolder, TrainingState, load_checkpoint
+from distmoe.data.file_lock import file_lock
+from distmoe.training.checkpoint import CheckpointFolder, DamagedCheckpointError, TrainingState, load_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +65,38 @@ class RunFolder:
         """The checkpoints; ``keep`` matters when one is saved."""
         return CheckpointFolder(self.path / "checkpoints", keep)
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """One process at a time trains in the folder; the lock ends with the process.
+
+        Raises:
+            UserError: Another process does, or the folder cannot be written.
+        """
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        lock = contextlib.ExitStack()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            held = lock.enter_context(file_lock(self.path / ".lock", "the run", wait=False))
+        except OSError as error:
+            raise UserError(
+                f"run folder {self.path}: cannot be written ({error.strerror}); "
+                "make it writable or choose another run.dir"
+            ) from None
+        with lock:
+            if not held:
+                raise UserError(
+                    f"run folder {self.path}: another process trains in it; wait for it or choose another run.name"
+                )
+            try:
+                yield
+            except BaseException:
+                if made and not self.config_file.exists():  # nothing was trained: leave nothing behind
+                    with contextlib.suppress(OSError):
+                        (self.path / ".lock").unlink()
+                        for folder in made:
+                            folder.rmdir()
+                raise
+
     def check_free(self, resume: bool) -> None:
         """Refuses a folder that another run has been written to, before anything is written.
 
@@ -73,7 +107,7 @@ class RunFolder:
             for parent in (self.path, *self.path.parents):
                 if parent.exists() and not parent.is_dir():
                     raise UserError(f"run folder {self.path}: {parent} is a file; choose another run.dir or run.name")
-            used = self.path.is_dir() and any(self.path.iterdir())
+            used = self.path.is_dir() and any(child.name != ".lock" for child in self.path.iterdir())
         except OSError as error:  # a name too long, a folder that may not be read
             raise UserError(
                 f"run folder {self.path}: cannot be used ({error.strerror}); choose another run.dir or run.name"
@@ -97,8 +131,8 @@ class RunFolder:
             write_whole(
                 self.config_file,
                 f"# The configuration of this run, whole. To repeat it under another name:\n"
-                f"#   python -m distmoe train {self.config_file} run.name=NAME run.resume=false\n"
-                f"{config_to_yaml(config)}",
+                f"#   python -m distmoe train {self.config_file} run.name=NAME\n"
+                f"{config_to_yaml(_as_repeated(config))}",
             )
         except OSError as error:
             raise UserError(
@@ -122,8 +156,12 @@ class RunFolder:
             raise UserError(f"{self.summary_file}: cannot be read ({error}); remove it and resume the run") from None
         return summary
 
-    def selected(self, select: str) -> TrainingState:
+    def selected(self, select: str, fall_back: bool = False) -> TrainingState:
         """The checkpoint that is tested: the best on validation, or the last.
+
+        Args:
+            select: ``best`` or ``last``.
+            fall_back: Whether the newest stands in, with a warning, for a best one that is damaged.
 
         Raises:
             UserError: There is no whole checkpoint, or the best one is damaged.
@@ -134,7 +172,13 @@ class RunFolder:
             raise UserError(f"run {self.path}: no whole checkpoint in it; train it first")
         if select == "last" or newest.best is None or newest.best.step == newest.progress.step:
             return newest
-        return load_checkpoint(checkpoints.path(newest.best.step))
+        try:
+            return load_checkpoint(checkpoints.path(newest.best.step))
+        except DamagedCheckpointError as error:
+            if not fall_back:
+                raise
+            logger.warning("%s; taking the newest instead of the best", error)
+            return newest
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -161,6 +205,16 @@ def write_whole(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def _as_repeated(config: RunConfig) -> RunConfig:
+    """Without what was said of this start of the run only."""
+    return config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"resume": False}),
+            "train": config.train.model_copy(update={"stop_after_steps": None}),
+        }
+    )
 
 
 def _warn_of_changes(before: RunConfig, now: RunConfig) -> None:

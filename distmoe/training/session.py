@@ -20,6 +20,7 @@ from distmoe.parallel.engines import build_engine
 from distmoe.parallel.engines.protocol import Engine
 from distmoe.parallel.runtime import Runtime
 from distmoe.training.checkpoint import Best, Progress, TrainingState
+from distmoe.training.clock import Clock
 from distmoe.training.ema import WeightAverage
 from distmoe.training.evaluation import Evaluation, evaluate
 from distmoe.training.feed import Feed
@@ -45,7 +46,8 @@ class Session:
         average: Averaged weights, if the run keeps them.
         plan: Of training.
         evaluation_plans: Of ``validation`` (may be empty) and ``test``.
-        feed: Of training, with its times.
+        feed: Of training.
+        clock: Its times.
         total_steps: Optimizer steps of the whole run.
         progress: Where the run is.
         best: Best validation result so far.
@@ -63,6 +65,7 @@ class Session:
     evaluation_plans: dict[str, IndexPlan]
     augmenter: Augmenter
     feed: Feed
+    clock: Clock
     total_steps: int
     progress: Progress
     best: Best | None = None
@@ -71,7 +74,7 @@ class Session:
     @property
     def finished(self) -> bool:
         """Whether all steps and the last evaluation are done."""
-        return self.progress.step == self.total_steps and self.progress.epoch_step == 0
+        return self.progress.step == self.total_steps and self.progress.evaluated
 
     def state(self) -> TrainingState:
         """Everything a checkpoint holds."""
@@ -86,6 +89,7 @@ class Session:
             spec=self.data.spec,
             config_yaml=config_to_yaml(self.config),
             interval=self.interval.state(),
+            times=self.clock.state(),
         )
 
     def restore(self, state: TrainingState) -> None:
@@ -94,12 +98,7 @@ class Session:
         Raises:
             UserError: It is of other data, another model or another optimizer.
         """
-        if state.fingerprint != self.data.fingerprint:
-            raise UserError(
-                f"the checkpoint of step {state.progress.step} was trained on other data than data.name="
-                f"{self.config.data.name} now holds (fingerprints {state.fingerprint[:12]} and "
-                f"{self.data.fingerprint[:12]}): restore the data or start a new run"
-            )
+        self.check_same_data(state)
         if state.progress.step > self.total_steps:
             raise UserError(
                 f"the checkpoint of step {state.progress.step} is beyond this run's {self.total_steps} steps: "
@@ -126,6 +125,27 @@ class Session:
             self.average.load(state.average if state.average is not None else weights)
         self.progress, self.best = state.progress, state.best
         self.interval.load(state.interval, self.runtime.device)
+        if state.times:
+            self.clock.load(state.times)
+
+    def check_same_data(self, state: TrainingState) -> None:
+        """Refuses a checkpoint of other data: its test samples may be among those it was trained on.
+
+        Raises:
+            UserError: The fingerprints differ.
+        """
+        if state.fingerprint != self.data.fingerprint:
+            raise UserError(
+                f"the checkpoint of step {state.progress.step} was trained on other data than data.name="
+                f"{self.config.data.name} now holds (fingerprints {state.fingerprint[:12]} and "
+                f"{self.data.fingerprint[:12]}): restore the data or start a new run"
+            )
+
+    def start_from_weights(self, source: str) -> None:
+        """Takes the weights of another run, or of an exported file, for the initial ones."""
+        load_inference_weights(self.module, read_inference_weights(source), f"model.init_from {source}")
+        if self.average is not None:
+            self.average.restart()
 
     def evaluate(self, split: str) -> Evaluation:
         """Evaluates the weights as they are now, averaged where the run averages."""
@@ -166,9 +186,6 @@ def open_session(config: RunConfig, runtime: Runtime) -> Iterator[Session]:
         )
         test_ids = torch.arange(data.num_samples["test"])
         module = build_model(config, data.spec)
-        if config.model.init_from is not None:
-            weights = read_inference_weights(config.model.init_from)
-            load_inference_weights(module, weights, f"model.init_from {config.model.init_from}")
         total_steps = config.train.max_steps or config.train.epochs * plan.num_steps
         engine = build_engine(config, runtime.device)
     except BaseException:
@@ -181,6 +198,7 @@ def open_session(config: RunConfig, runtime: Runtime) -> Iterator[Session]:
             lambda optimizer, steps_done: build_schedule(config.schedule, optimizer, total_steps, steps_done),
         )
         augmenter = Augmenter(config.data, data.spec, config.seed)
+        feed = Feed(data.loaders["train"], augmenter, runtime.device)
         yield Session(
             config=config,
             runtime=runtime,
@@ -195,7 +213,8 @@ def open_session(config: RunConfig, runtime: Runtime) -> Iterator[Session]:
                 "test": _evaluation_plan(test_ids, config, runtime),
             },
             augmenter=augmenter,
-            feed=Feed(data.loaders["train"], augmenter, runtime.device),
+            feed=feed,
+            clock=Clock(feed),
             total_steps=total_steps,
             progress=Progress(),
         )

@@ -407,7 +407,8 @@ def test_run_goes_on_from_the_checkpoint_before(
     error = capsys.readouterr().err
     assert f"WARNING checkpoint {newest}: " in error
     assert f"from step 2 of {STEPS}" in error
-    assert sorted(path.name for path in newest.parent.iterdir()) == ["step-2", f"step-{STEPS}"]
+    kept = sorted(path.name for path in newest.parent.iterdir())
+    assert kept == [f"damaged-step-{STEPS}", "step-2", f"step-{STEPS}"]
     for name in CHECKPOINT_FILES[:3]:  # the same weights as the undisturbed run's, bit for bit
         assert (newest / name).read_bytes() == (place.trained / f"checkpoints/step-{STEPS}" / name).read_bytes()
 
@@ -433,7 +434,8 @@ def test_run_starts_again_where_no_checkpoint_is_whole(
     assert f"no whole checkpoint in {run / 'checkpoints'}: starting at step 0" in error
     assert "resuming" not in error
     # The new checkpoint is kept although damaged ones of later steps were there.
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-2"]
+    assert [path.name for path in run.glob("checkpoints/step-*")] == ["step-2"]
+    assert len(list(run.glob("checkpoints/damaged-step-*"))) == damaged
     assert run_command(place, place.train("run.resume=true")) == 0
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line.get("split") == "test"] == [STEPS]

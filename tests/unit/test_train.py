@@ -1,5 +1,6 @@
 """Training end to end in this process: determinism, resume, signals, results, and the commands around a run."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -23,7 +24,8 @@ from distmoe.contracts import Batch, UserError
 from distmoe.data.index_plan import PlannedBatch
 from distmoe.data.loaders import LOADERS, OpenData
 from distmoe.data.loaders.protocol import Loader
-from distmoe.training.checkpoint import Progress, load_checkpoint
+from distmoe.evaluate import evaluate_run
+from distmoe.training.checkpoint import Best, Progress, load_checkpoint
 from distmoe.training.loading import load_inference_weights
 from distmoe.training.run_folder import RunFolder
 from tests.runs import (
@@ -155,7 +157,7 @@ def test_stopped_and_resumed_is_undisturbed(run: Run, data: Path, tmp_path: Path
 
 def test_stopped_before_an_evaluation_makes_it_later(run: Run):
     parts = run("parts", f"train.stop_after_steps={STEPS_PER_EPOCH}")
-    assert last_state(parts).progress == Progress(STEPS_PER_EPOCH, epoch=0, epoch_step=STEPS_PER_EPOCH)
+    assert last_state(parts).progress == Progress(STEPS_PER_EPOCH, 0, STEPS_PER_EPOCH, evaluated=False)
     assert [line for line in metrics_lines(parts) if "split" in line] == []
     run("parts", "run.resume=true")
     lines = metrics_lines(parts)
@@ -204,7 +206,7 @@ def test_damaged_checkpoints_are_passed_over(run: Run, caplog: pytest.LogCapture
     (root / ".writing-step-8" / "checksums.json").unlink()
     run("parts", *overrides, "run.resume=true")
     assert "step-6: weights.safetensors is damaged" in caplog.text
-    assert sorted(path.name for path in root.iterdir()) == ["step-9"]
+    assert sorted(path.name for path in root.iterdir()) == ["damaged-step-6", "step-9"]
     assert_same_run(parts, whole)
 
 
@@ -245,6 +247,72 @@ def test_run_on_other_data_is_not_resumed(run: Run):
     other = "data={name: synthetic, loader: resident, validation_size: 20, synthetic: {train_size: 100, test_size: 20}}"
     with pytest.raises(UserError, match="was trained on other data"):
         run("run", "run.resume=true", other, "data.batch_size=32")
+
+
+def test_run_in_the_folder_of_a_running_one_is_refused(run: Run, tmp_path: Path):
+    run("run", "train.stop_after_steps=2")
+    with (
+        RunFolder(tmp_path / "run").held(),
+        pytest.raises(UserError, match="another process trains in it"),
+    ):
+        run("run", "run.resume=true")
+
+
+def test_times_go_on_from_the_checkpoint(run: Run):
+    parts = run("parts", "train.stop_after_steps=5")
+    before = last_state(parts).times
+    run("parts", "run.resume=true")
+    after, summary = last_state(parts).times, summary_of(parts)
+    assert before["samples"] == 5 * 32
+    assert after["samples"] == 10 * 32
+    assert after["train_s"] > before["train_s"] > 0
+    assert after["first_step_s"] == before["first_step_s"] == summary["first_step_seconds"]
+    assert summary["images_per_second"] == pytest.approx(after["samples"] / after["step_s"])
+
+
+def test_run_made_longer_in_the_middle_of_an_epoch_takes_its_remaining_steps(run: Run):
+    run("run", "train.max_steps=3", "schedule.name=constant")
+    longer = run("run", "train.max_steps=7", "run.resume=true", "schedule.name=constant")
+    assert last_state(longer).progress == Progress(7, epoch=1, epoch_step=2)
+    whole = run("whole", "train.max_steps=7", "schedule.name=constant")
+    assert_same_state(last_state(longer), last_state(whole))
+
+
+def test_damaged_best_checkpoint_does_not_keep_a_run_from_its_end(run: Run, monkeypatch: pytest.MonkeyPatch):
+    folder = run("run", "train.stop_after_steps=5")
+    state = last_state(folder)
+    best = dataclasses.replace(state, best=Best(1, 1.0))  # of a step whose checkpoint is gone
+    folder.checkpoints(keep=9).save(best)
+    run("run", "run.resume=true")
+    assert summary_of(folder)["selected_step"] == 10
+
+
+def test_weights_to_start_from_are_not_needed_to_resume(run: Run, tmp_path: Path):
+    source = run("source", "train.max_steps=1")
+    run("fine", f"model.init_from={source.path}", "train.stop_after_steps=2")
+    shutil.rmtree(source.path)
+    fine = run("fine", f"model.init_from={source.path}", "run.resume=true")
+    assert summary_of(fine)["steps"] == 10
+
+
+def test_evaluation_on_other_data_is_refused(run: Run, data: Path, tmp_path: Path):
+    own = tmp_path / "own.npz"
+    shutil.copy(data, own)
+    folder = run("run", f"data.path={own}", "train.max_steps=1")
+    with np.load(data) as arrays:
+        np.savez(own, **{**arrays, "test_inputs": arrays["test_inputs"][::-1]})
+    with pytest.raises(UserError, match="was trained on other data"):
+        evaluate_run(folder.path, [])
+
+
+def test_launchers_variables_change_nothing(run: Run, monkeypatch: pytest.MonkeyPatch):
+    alone = run("alone")
+    launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
+    for name, value in {**launched, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert_same_run(run("launched"), alone)
+    assert not torch.distributed.is_initialized()
+    assert os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] == "4"
 
 
 # Signals
@@ -535,7 +603,7 @@ def test_evaluate_gives_the_accuracy_of_the_run(trained: RunFolder, capsys: pyte
 
 def test_evaluate_with_fewer_experts(trained: RunFolder, capsys: pytest.CaptureFixture[str]):
     evaluation = (trained.path / "evaluation.json").read_text()
-    assert command("evaluate", trained.path, "moe.gate.k=1", "moe.gate.renormalize=false") == 0
+    assert command("evaluate", trained.path, "moe.gate.k=1") == 0
     text = capsys.readouterr().out
     assert "layer ffns.2" in text
     assert (trained.path / "evaluation.json").read_text() == evaluation  # of the run as it was trained

@@ -138,7 +138,6 @@ class FFCVLoader:
             labels=kept["label"].squeeze(1),
             sample_ids=plan.sample_ids[: plan.num_valid],
             factors={name: kept[field] for name, (field, _) in self._prepared.factor_fields.items()},
-            num_valid=plan.num_valid,
         )
 
 

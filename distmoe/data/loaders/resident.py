@@ -37,7 +37,6 @@ class ResidentLoader:
                 labels=self._labels.index_select(0, ids),
                 sample_ids=ids,
                 factors={name: values.index_select(0, ids) for name, values in self._factors.items()},
-                num_valid=plan.num_valid,
             )
 
     def close(self) -> None:

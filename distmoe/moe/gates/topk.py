@@ -25,12 +25,13 @@ class TopKGate(Gate):
         network: Maps tokens to logits (T, E).
         num_experts: E.
         k: Experts a token, 1..E.
-        renormalize: Divide the k probabilities by their sum. Not for k=1, whose weight would be the constant 1.
+        renormalize: Divide the k probabilities by their sum. Refused in training for k=1, whose weight would be the
+            constant 1; in evaluation it gives fewer experts of a model trained with a larger k.
         capacity_factor: None is dropless.
         group: Tokens among which capacity acts: those of one image, of that many images, or of the micro-batch.
 
     Raises:
-        ValueError: k out of range, or k=1 renormalised.
+        ValueError: k out of range; in training, k=1 renormalised.
 
     Source: Shazeer et al. 2017 (arXiv:1701.06538) eq. 3-5 without noise; capacity: Lepikhin et al. 2020
     (arXiv:2006.16668) algorithm 1. Differs: softmax comes before the choice, as in Mixtral and Switch with k=1.
@@ -48,8 +49,6 @@ class TopKGate(Gate):
         super().__init__(network, num_experts)
         if not 1 <= k <= num_experts:
             raise ValueError(f"k ({k}) must be between 1 and the number of experts ({num_experts})")
-        if k == 1 and renormalize:
-            raise ValueError("k=1 renormalised gives the gate no gradient from the task: use renormalize=False")
         self.k = k
         self.renormalize = renormalize
         self.capacity_factor = capacity_factor
@@ -57,11 +56,13 @@ class TopKGate(Gate):
 
     @property
     def experts_per_row(self) -> float:
-        """K."""
+        """The k of top-k."""
         return float(self.k)
 
     def route(self, x_T: Tensor, context: Context) -> Routing:
         """(T, ...) tokens to T x k assignments, row-major, fewer under capacity."""
+        if context.training and self.k == 1 and self.renormalize:
+            raise ValueError("k=1 renormalised gives the gate no gradient from the task: use renormalize=False")
         logits_TE = self.logits(x_T)
         probs_TE = logits_TE.softmax(dim=-1)
         # A stable sort, not topk: equal probabilities must go to the lower expert id on every device.
@@ -72,10 +73,10 @@ class TopKGate(Gate):
         num_rows = len(logits_TE)
         row_ids_A = torch.arange(num_rows, device=x_T.device).repeat_interleave(self.k)
         expert_ids_A, weights_A = expert_ids_TK.flatten(), weights_TK.flatten()
-        num_dropped = 0
+        wanted_E = None
         if self.capacity_factor is not None:
+            wanted_E = torch.bincount(expert_ids_A, minlength=self.num_experts)
             kept_A = self._within_capacity(expert_ids_TK, context)
-            num_dropped = len(kept_A) - int(kept_A.sum())
             row_ids_A, expert_ids_A, weights_A = row_ids_A[kept_A], expert_ids_A[kept_A], weights_A[kept_A]
         return Routing(
             num_rows=num_rows,
@@ -86,7 +87,7 @@ class TopKGate(Gate):
             logits_TE=logits_TE,
             probs_TE=probs_TE,
             rows_per_sample=context.rows_per_sample,
-            num_dropped=num_dropped,
+            wanted_E=wanted_E,
         )
 
     def _within_capacity(self, expert_ids_TK: Tensor, context: Context) -> Tensor:
@@ -113,4 +114,5 @@ class TopKGate(Gate):
 
     def _capacity(self, group_rows: int) -> int:
         """Without rounding: in float32, 1/7 * 7 can come out above 1, and its ceiling is 2."""
-        return math.ceil(Fraction(str(self.capacity_factor)) * self.k * group_rows / self.num_experts)
+        even_share = Fraction(str(self.capacity_factor)) * self.k * group_rows / self.num_experts
+        return min(math.ceil(even_share), group_rows)  # an expert sees a token once

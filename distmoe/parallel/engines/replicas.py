@@ -12,6 +12,7 @@ from distmoe.config import RunConfig
 from distmoe.models.protocol import Model
 from distmoe.moe.losses import no_reduction
 from distmoe.parallel.engines.protocol import BuildOptimizer, BuildSchedule, ParameterState
+from distmoe.parallel.runtime import without_launcher_variables
 
 _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
@@ -25,7 +26,9 @@ class ReplicasEngine:
     """
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
-        self._accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=_PRECISIONS[config.train.precision])
+        precision = _PRECISIONS[config.train.precision]
+        with without_launcher_variables():
+            self._accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
         self._clip_norm = config.train.clip_norm
         self.world_size: int = self._accelerator.num_processes
         self.reducer = no_reduction

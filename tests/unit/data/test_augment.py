@@ -28,7 +28,7 @@ def batch_of(ids, shape=(3, 6, 5)):
     ids = torch.as_tensor(ids, dtype=torch.int64)
     generator = torch.Generator().manual_seed(0)
     pool = torch.randint(0, 256, (50, *shape), dtype=torch.uint8, generator=generator)
-    return Batch(pool[ids % 50], ids % 10, ids, {"scale": torch.ones(len(ids), 1)}, len(ids))
+    return Batch(pool[ids % 50], ids % 10, ids, {"scale": torch.ones(len(ids), 1)})
 
 
 def flipped(image):

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from distmoe.config import parse_config
 from distmoe.contracts import Context, DataSpec
 from distmoe.models import build_model
-from distmoe.models.convnet import ConvNet
+from distmoe.models.convnet import BatchNorm, ConvNet
 from distmoe.moe.layer import MoELayer
 from tests.oracles import mixture_output, mlp_experts, top_k_choices
 
@@ -128,3 +128,26 @@ def test_bfloat16_autocast_keeps_the_gate_in_float32():
     assert output.routings["ffns.2"].logits_TE.dtype == torch.float32
     # bfloat16 keeps 8 bits; the logits are below 1 and come from a few layers.
     torch.testing.assert_close(output.scores.float(), net(images(3), context(3)).scores, rtol=0.1, atol=0.03)
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_norm_of_too_few_values_uses_and_keeps_the_running_statistics(rows: int):
+    norm = BatchNorm(2)
+    norm.running_mean.copy_(torch.tensor([1.0, 2.0]))
+    norm.running_var.copy_(torch.tensor([4.0, 9.0]))
+    before = {name: value.clone() for name, value in norm.named_buffers()}
+    x = torch.tensor([[[[3.0]], [[8.0]]]])[:rows].requires_grad_()
+    y = norm(x)
+    # (3 - 1) / 2 and (8 - 2) / 3, up to eps = 1e-5 under the root
+    torch.testing.assert_close(y.flatten(), torch.tensor([1.0, 2.0])[: 2 * rows], rtol=1e-5, atol=0)
+    y.sum().backward()
+    assert norm.weight.grad is not None  # zero rows give a gradient of zero, not none
+    assert norm.weight.grad.abs().sum() == (0.0 if rows == 0 else pytest.approx(3.0, rel=1e-5))
+    assert all(torch.equal(value, before[name]) for name, value in norm.named_buffers())
+
+
+def test_norm_of_two_values_is_torchs():
+    x = torch.tensor([[[[3.0]], [[8.0]]], [[[5.0]], [[8.0]]]])
+    ours, theirs = BatchNorm(2), nn.BatchNorm2d(2)
+    assert torch.equal(ours(x), theirs(x))
+    assert torch.equal(ours.running_var, theirs.running_var)

@@ -5,6 +5,7 @@ from torch import nn
 from distmoe.config import RunConfig, parse_config
 from distmoe.contracts import DataSpec, UserError
 from distmoe.models import MODELS, build_model
+from distmoe.models.initial import initialize_parameters
 from distmoe.moe.dispatch import Placement
 
 SPEC = DataSpec("little", (3, 16, 16), 5, tuple("abcde"), (100.0, 110.0, 120.0), (50.0, 60.0, 70.0))
@@ -118,3 +119,14 @@ def test_no_rank_holds_more_than_its_own_experts():
 
     for config in (tutorial(), convnet()):
         assert count(build_model(config, SPEC, SOME_EXPERTS)) * 5 == count(build_model(config, SPEC)) * 2
+
+
+def test_parameter_without_a_rule_for_its_values_is_refused():
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor = nn.Parameter(torch.rand(3))  # drawn while it was made: not keyed by its name
+
+    model = nn.Sequential(nn.Linear(2, 2), Scale())
+    with pytest.raises(ValueError, match=r"give the module of 1\.factor a reset_parameters"):
+        initialize_parameters(model, seed=0)

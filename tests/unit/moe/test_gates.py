@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -291,9 +292,13 @@ def test_k_out_of_range_is_refused(k):
         TopKGate(Given(), 4, k=k)
 
 
-def test_one_renormalised_expert_is_refused():
+def test_one_renormalised_expert_is_for_evaluation_only():
+    gate = TopKGate(Given(), 4, k=1, renormalize=True)
     with pytest.raises(ValueError, match="renormalize=False"):
-        TopKGate(Given(), 4, k=1, renormalize=True)
+        gate.route(LOG_ODDS, replace(context(2), training=True))
+    routing = gate.route(LOG_ODDS, replace(context(2), training=False))
+    assert routing.weights_A is not None
+    assert routing.weights_A.tolist() == [1.0, 1.0]  # p / p: fewer experts of a model trained with a larger k
 
 
 def test_gates_are_built_as_their_section_says():

@@ -16,16 +16,19 @@ from distmoe.moe.routing import Routing
 
 def top_1(probs: list[list[float]], num_dropped: int = 0, rows_per_sample: int = 1) -> Routing:
     probs_TE = torch.tensor(probs)
+    expert_ids = probs_TE.argmax(-1)
+    # What was refused is counted at expert 0: the measures look at the sum only.
+    refused = torch.tensor([num_dropped] + [0] * (probs_TE.shape[1] - 1))
     return Routing(
         num_rows=len(probs),
         num_experts=probs_TE.shape[1],
         row_ids_A=torch.arange(len(probs)),
-        expert_ids_A=probs_TE.argmax(-1),
+        expert_ids_A=expert_ids,
         weights_A=probs_TE.amax(-1),
         logits_TE=probs_TE.log(),
         probs_TE=probs_TE,
         rows_per_sample=rows_per_sample,
-        num_dropped=num_dropped,
+        wanted_E=torch.bincount(expert_ids, minlength=probs_TE.shape[1]) + refused,
     )
 
 

@@ -42,7 +42,7 @@ def batch(start: int, count: int) -> Batch:
     images = torch.randint(0, 256, (64, 3, 8, 8), generator=generator, dtype=torch.uint8)
     labels = torch.randint(0, 4, (64,), generator=generator)
     rows = slice(start, start + count)
-    return Batch(images[rows], labels[rows], torch.arange(64)[rows], {}, count)
+    return Batch(images[rows], labels[rows], torch.arange(64)[rows])
 
 
 def step_of(start: int, *counts: int) -> list[MicroBatch]:

@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import json
 import logging
 import shutil
@@ -198,10 +199,41 @@ def test_a_run_that_goes_on_from_before_damaged_ones_keeps_what_it_saves(tmp_pat
         folder.save(little_state(step, Best(10, 0.5)))
     for step in (20, 30):
         (folder.path(step) / "weights.safetensors").write_bytes(b"no")
-    assert folder.newest().progress.step == 10
+    assert folder.newest(set_aside=True).progress.step == 10
     folder.save(little_state(15, Best(10, 0.5)))
     assert folder.steps() == [10, 15]
     assert folder.newest().progress.step == 15
+    aside = sorted(path.name for path in tmp_path.glob("damaged-*"))
+    assert aside == ["damaged-step-20", "damaged-step-30"]  # still there to be looked at
+
+
+def test_looking_at_a_run_renames_nothing(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=2)
+    folder.save(little_state(10))
+    (folder.path(10) / "weights.safetensors").write_bytes(b"no")
+    assert folder.newest() is None
+    assert folder.steps() == [10]
+
+
+def test_another_format_is_refused_and_not_passed_over(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=2)
+    folder.save(little_state(10))
+    folder.save(little_state(20))
+    values = json.loads((folder.path(20) / "state.json").read_text())
+    (folder.path(20) / "state.json").write_text(json.dumps({**values, "format": 99}))
+    checksums = json.loads((folder.path(20) / "checksums.json").read_text())
+    digest = hashlib.sha256((folder.path(20) / "state.json").read_bytes()).hexdigest()
+    (folder.path(20) / "checksums.json").write_text(json.dumps({**checksums, "state.json": digest}))
+    # Going on from step 10 would throw step 20 away, which a newer version could read.
+    with pytest.raises(UserError, match="step-20: format 99, this version reads 1"):
+        folder.newest(set_aside=True)
+
+
+def test_a_replacement_cut_off_between_its_two_renames_is_put_back(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=2)
+    folder.save(little_state(10))
+    folder.path(10).rename(tmp_path / ".replaced-step-10")
+    assert folder.newest(set_aside=True).progress.step == 10
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):

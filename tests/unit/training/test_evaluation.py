@@ -42,7 +42,7 @@ def batches(*sizes: int) -> list[Batch]:
         part = SAMPLES[start : start + size]
         pixels = torch.tensor([[[[wanted, expert]]] for _, wanted, expert in part]).view(size, 1, 1, 2)
         labels = torch.tensor([label for label, *_ in part], dtype=torch.long)
-        made.append(Batch(pixels.float(), labels, torch.arange(start, start + size), {}, size))
+        made.append(Batch(pixels.float(), labels, torch.arange(start, start + size)))
         start += size
     return made
 

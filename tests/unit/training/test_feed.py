@@ -26,7 +26,7 @@ class SlowLoader:
             for one in planned:
                 time.sleep(self.pause_s)
                 ids = one.sample_ids[: one.num_valid]
-                yield Batch(torch.zeros(len(ids), 1, 4, 4, dtype=torch.uint8), ids % 2, ids, {}, len(ids))
+                yield Batch(torch.zeros(len(ids), 1, 4, 4, dtype=torch.uint8), ids % 2, ids)
         finally:
             self.ended += 1
 
@@ -53,8 +53,9 @@ def test_waiting_counts_the_loader_and_augmenting_does_not():
         for step in steps:
             for _ in step:
                 time.sleep(0.01)  # the work of a step is not waiting
-    # Five pauses of the loader; no upper bound, the machine may be busy. A sleep may end a clock tick early.
-    assert 5 * 0.019 <= feed.wait_s
+    # Four pauses: the run's first batch, which FFCV compiles for, is start-up. No upper bound, the machine may be busy,
+    # and a sleep may end a clock tick early.
+    assert feed.wait_s >= 4 * 0.019
     assert 0.0 < feed.augment_s < feed.wait_s
 
 
