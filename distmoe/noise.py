@@ -2,7 +2,8 @@
 
 A *key* is one 64-bit integer made from the seed, the step and the name of the consumer (:func:`make_key`). A draw adds
 integer *counters* (sample id, position) and returns one number for each element of their broadcast shape. The same
-key and counters give the same bits on every device, in every layout and in every batch a sample happens to be in.
+key and counters give the same bits in every layout and in every batch a sample happens to be in, and on every device
+(but for :func:`normal`, whose logarithm and cosine may differ in the last bit).
 
 The hash is the finaliser of SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"),
 chained over key and counters. torch has no unsigned 64-bit arithmetic; int64 wraps around alike, and a logical

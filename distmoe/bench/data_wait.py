@@ -49,14 +49,19 @@ def bench_data_wait(config: RunConfig, rounds: int) -> str:
 
 
 def _measure(session: Session, feed: Feed, epoch: int) -> tuple[float, float, float]:
-    feed.wait_s = feed.augment_s = 0.0
-    samples = 0
-    planned = session.plan.epoch(epoch)[: STEPS * session.config.train.accumulation]
+    """Shares of waiting and augmenting, and images/s, over a few steps inside an epoch."""
+    planned = session.plan.epoch(epoch)[: (STEPS + 1) * session.config.train.accumulation]
+    samples, started = 0, 0.0
     with feed.training_steps(planned, epoch) as steps:
-        started = time.perf_counter()  # opening an epoch is paid once an epoch, not once in so few steps
         for step, micro_batches in enumerate(steps):
-            samples += train_step(session.engine, session.model, session.config, step, micro_batches).step_samples
-        elapsed = time.perf_counter() - started
+            result = train_step(session.engine, session.model, session.config, step, micro_batches)
+            session.runtime.synchronize()
+            if step == 0:  # opens the epoch, which is paid once an epoch and not once in so few steps
+                feed.wait_s = feed.augment_s = 0.0
+                started = time.perf_counter()
+            else:
+                samples += result.step_samples
+    elapsed = time.perf_counter() - started
     return feed.wait_s / elapsed, feed.augment_s / elapsed, samples / elapsed
 
 

@@ -1,8 +1,9 @@
 """The configuration of a run: a tree of frozen, strict pydantic models, read from one YAML file plus overrides.
 
 A run is one printable value. Defaults < YAML file < ``section.field=value`` overrides; an unknown key, a wrong type or
-a value out of range is an error, and all errors come in one message (:class:`distmoe.contracts.UserError`). The merged
-configuration is written into the run's folder, and that file repeats the run.
+a value out of range is an error; all of them come in one message (:class:`distmoe.contracts.UserError`), and what does
+not fit between sections is checked once each section is right. The merged configuration is written into the run's
+folder, and that file repeats the run under another name.
 
 Two kinds of choice carry settings of their own: the model, the gate, the optimizer and the schedule are *tagged
 unions* on ``name``. To add one, add its class to the module of its section, put it into the union there, and add its

@@ -41,29 +41,36 @@ def write_report(runs: list[Path], out: Path) -> list[Path]:
     Raises:
         UserError: A folder is not a run's, or a file cannot be read or written.
     """
-    folders = [RunFolder.existing(run) for run in runs]
+    folders = list(dict.fromkeys(RunFolder.existing(run) for run in runs))
     try:
         out.mkdir(parents=True, exist_ok=True)
         written = [_save(learning_curves_figure(learning_curves(folders)), out / "learning_curves.png")]
         for folder in folders:
-            written += _heat_maps(folder, out)
+            written += _heat_maps(folder, labels(folders)[folder], out)
         table = out / "results.md"
         write_whole(table, results_table(folders))
     except OSError as error:
-        raise UserError(f"report {out}: {error.filename or out}: {error.strerror}; choose another --out") from None
+        place = error.filename or out
+        raise UserError(f"report {out}: {place}: {error.strerror}; mend it or choose another --out") from None
     return [*written, table]
+
+
+def labels(folders: list[RunFolder]) -> dict[RunFolder, str]:
+    """What each run is called: its folder's name, or the whole path where two have the same."""
+    names = [folder.path.name for folder in folders]
+    return {folder: folder.path.name if names.count(folder.path.name) == 1 else str(folder.path) for folder in folders}
 
 
 def learning_curves(folders: list[RunFolder]) -> dict[str, dict[str, Curve]]:
     """Panels of curves: training loss at each log line, accuracy at each validation."""
     losses: dict[str, Curve] = {}
     accuracies: dict[str, Curve] = {}
-    for folder in folders:
+    for folder, label in labels(folders).items():
         lines = list(read_metrics(folder.metrics_file))
         training = [line for line in lines if "split" not in line]
         validations = [line for line in lines if line.get("split") == "validation"]
-        losses[folder.path.name] = _curve(training, "loss")
-        accuracies[folder.path.name] = _curve(validations, "accuracy")
+        losses[label] = _curve(training, "loss")
+        accuracies[label] = _curve(validations, "accuracy")
     return {"training loss": losses, "validation accuracy": accuracies}
 
 
@@ -76,7 +83,7 @@ def results_table(folders: list[RunFolder]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     for group in groups.values():
         summaries = [summary for folder in group if (summary := folder.read_summary()) is not None]
-        names = ", ".join(folder.path.name for folder in group)
+        names = ", ".join(labels(folders)[folder] for folder in group)
         lines.append("| " + " | ".join([names, str(len(summaries)), *_cells(summaries)]) + " |")
     return "\n".join(lines) + "\n"
 
@@ -98,7 +105,7 @@ def _all_but_seed(folder: RunFolder) -> str:
     return config_to_yaml(config.model_copy(update={"seed": 0, "run": RunSection()}))
 
 
-def _heat_maps(folder: RunFolder, out: Path) -> list[Path]:
+def _heat_maps(folder: RunFolder, label: str, out: Path) -> list[Path]:
     file = folder.path / "evaluation.json"
     if not file.exists():
         return []
@@ -108,10 +115,9 @@ def _heat_maps(folder: RunFolder, out: Path) -> list[Path]:
         tables = {layer: torch.tensor(measures["class_by_expert"]) for layer, measures in values["layers"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: not a whole evaluation ({error}); run `distmoe evaluate {folder.path}`") from None
+    file_label = label.replace("/", "-").lstrip("-")
     return [
-        _save(
-            class_expert_figure(table, names, f"{folder.path.name}, {layer}"), out / f"{folder.path.name}-{layer}.png"
-        )
+        _save(class_expert_figure(table, names, f"{label}, {layer}"), out / f"{file_label}-{layer}.png")
         for layer, table in tables.items()
     ]
 

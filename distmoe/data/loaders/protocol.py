@@ -16,7 +16,7 @@ class Loader(Protocol):
     """Reads one split of a data set."""
 
     def batches(self, planned: Sequence[PlannedBatch]) -> Iterator[Batch]:
-        """The batches of a plan, in its order, on the CPU, each valid until the next one is asked for.
+        """The batches of a plan, in its order, on the CPU, each in memory of its own.
 
         Padding is cut off: batch i holds the first ``planned[i].num_valid`` of its sample ids. Leaving the iterator
         early, or closing it, frees what it holds.

@@ -71,6 +71,14 @@ def test_table_joins_runs_that_differ_in_their_seed_only(run: RunFolder):
     assert unfinished == "| other | 0 |" + " - |" * 8
 
 
+def test_runs_of_the_same_name_are_told_apart(run: RunFolder, tmp_path: Path):
+    (tmp_path / "elsewhere").mkdir()
+    twin = copy_of(RunFolder(tmp_path / "elsewhere" / "any"), "first", {}, 0.5)
+    twin.metrics_file.write_text(json.dumps({"step": 10, "epoch": 0, "loss": 7.0}))
+    losses = learning_curves([run, twin])["training loss"]
+    assert losses == {str(run.path): ([10, 20], [2.0, 1.5]), str(twin.path): ([10], [7.0])}
+
+
 def test_interval_is_student_ts():
     # 1, 2, 3: mean 2, s = 1, t(0.975, 2) = 4.3027: 4.3027 / sqrt(3) = 2.4842
     interval = mean_interval([1.0, 2.0, 3.0])
