@@ -11,7 +11,6 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from distmoe.contracts import DataSpec, SplitName
-from distmoe.data.split import is_image_shape
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +36,6 @@ class PreparedSplit:
     dtype: str
     is_rgb: bool
     factor_fields: dict[str, tuple[str, int]]
-
-    @property
-    def is_image(self) -> bool:
-        """Whether a sample is stored as (H, W, C) and goes to the model as (C, H, W)."""
-        return is_image_shape(self.sample_shape)
 
 
 @dataclass(frozen=True)
