@@ -6,7 +6,6 @@ from typing import Any
 from distmoe.config import RunConfig, load_config
 from distmoe.contracts import DataSpec
 from distmoe.parallel.runtime import open_runtime
-from distmoe.training.cost import measure_cost
 from distmoe.training.evaluation import Evaluation
 from distmoe.training.run_folder import RunFolder, write_json
 from distmoe.training.session import open_session
@@ -54,7 +53,7 @@ def format_evaluation(result: Evaluation, values: dict[str, Any], spec: DataSpec
 def describe_plan(config: RunConfig) -> str:
     """What a run would do: data, steps, parameters and work, without training."""
     with open_runtime(config) as runtime, open_session(config, runtime) as session:
-        cost = measure_cost(session.module, session.data.spec)
+        cost = session.cost
         rows = {
             "data": f"{session.data.spec.name}, samples of shape {list(session.data.spec.input_shape)}, "
             f"{session.data.spec.num_classes} classes",

@@ -15,7 +15,6 @@ from distmoe.config import RunConfig, TopKGateSection
 from distmoe.contracts import UserError
 from distmoe.parallel.runtime import open_runtime, process_start_time
 from distmoe.training.checkpoint import Best, CheckpointFolder, Progress
-from distmoe.training.cost import Cost, measure_cost
 from distmoe.training.metrics import MetricsFile
 from distmoe.training.profile import Profile
 from distmoe.training.progress_bar import ProgressBar
@@ -106,9 +105,9 @@ def _start(session: Session, folder: RunFolder, checkpoints: CheckpointFolder, r
 
 
 def _train_and_test(session: Session, folder: RunFolder, checkpoints: CheckpointFolder) -> dict[str, Any] | None:
-    progress, cost = session.progress, measure_cost(session.module, session.data.spec)
+    progress = session.progress
     folder.open(session.config)
-    _log_start(session, folder, cost)
+    _log_start(session, folder)
     with ExitStack() as stack:
         outputs = Outputs(
             folder=folder,
@@ -123,7 +122,7 @@ def _train_and_test(session: Session, folder: RunFolder, checkpoints: Checkpoint
         if not completed:
             logger.info("stopped after %d steps, as train.stop_after_steps says", session.progress.step)
             return None
-        return _test(session, outputs, _summary(session, cost))
+        return _test(session, outputs, _summary(session))
 
 
 def fit(session: Session, outputs: Outputs) -> bool:
@@ -286,13 +285,13 @@ def _test(session: Session, outputs: Outputs, summary: dict[str, Any]) -> dict[s
     return summary
 
 
-def _summary(session: Session, cost: Cost) -> dict[str, Any]:
+def _summary(session: Session) -> dict[str, Any]:
     return {
         "best_validation_accuracy": session.best.accuracy if session.best else None,
         "train_seconds": session.clock.train_s(),
         "first_step_seconds": session.clock.first_step_s,
         **session.clock.rates(),
-        **dataclasses.asdict(cost),
+        **dataclasses.asdict(session.cost),
         "steps": session.progress.step,
         "seed": session.config.seed,
         "world_size": session.runtime.world_size,
@@ -313,8 +312,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _log_start(session: Session, folder: RunFolder, cost: Cost) -> None:
-    config, spec = session.config, session.data.spec
+def _log_start(session: Session, folder: RunFolder) -> None:
+    config, spec, cost = session.config, session.data.spec, session.cost
     logger.info(
         "%s: %s on %s, %s parameters (%s active), %d steps, %s, %s, %d threads",
         folder.path, config.model.name, spec.name, f"{cost.num_parameters:,}", f"{cost.num_active_parameters:,}",

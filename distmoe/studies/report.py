@@ -19,9 +19,9 @@ Curve = tuple[list[float], list[float]]
 _COLUMNS = {
     "test_accuracy": ("test accuracy", "{:.4f}"),
     "best_validation_accuracy": ("best validation accuracy", "{:.4f}"),
-    "num_parameters": ("parameters", "{:,}"),
-    "num_active_parameters": ("active parameters", "{:,}"),
-    "active_flops_per_image": ("active FLOPs an image", "{:,}"),
+    "num_parameters": ("parameters", "{:,.0f}"),
+    "num_active_parameters": ("active parameters", "{:,.0f}"),
+    "active_flops_per_image": ("active FLOPs an image", "{:,.0f}"),
     "images_per_second": ("images/s", "{:,.0f}"),
     "train_seconds": ("training, s", "{:.0f}"),
     "data_wait_share": ("data wait", "{:.2%}"),

@@ -21,6 +21,7 @@ from distmoe.parallel.engines.protocol import Engine
 from distmoe.parallel.runtime import Runtime
 from distmoe.training.checkpoint import Best, Progress, TrainingState
 from distmoe.training.clock import Clock
+from distmoe.training.cost import Cost, measure_cost
 from distmoe.training.ema import WeightAverage
 from distmoe.training.evaluation import Evaluation, evaluate
 from distmoe.training.feed import Feed
@@ -42,6 +43,7 @@ class Session:
         data: The open data set.
         module: The model itself.
         model: What to call: the module as the engine prepared it.
+        cost: Parameters and work of the model.
         engine: Owns the optimizer.
         average: Averaged weights, if the run keeps them.
         plan: Of training.
@@ -59,6 +61,7 @@ class Session:
     data: OpenData
     module: nn.Module
     model: Model
+    cost: Cost
     engine: Engine
     average: WeightAverage | None
     plan: IndexPlan
@@ -187,6 +190,7 @@ def open_session(config: RunConfig, runtime: Runtime) -> Iterator[Session]:
         test_ids = torch.arange(data.num_samples["test"])
         module = build_model(config, data.spec)
         total_steps = config.train.max_steps or config.train.epochs * plan.num_steps
+        cost = measure_cost(module, data.spec)  # before the engine adds autocast, under which rows are padded
         engine = build_engine(config, runtime.device)
     except BaseException:
         data.close()
@@ -205,6 +209,7 @@ def open_session(config: RunConfig, runtime: Runtime) -> Iterator[Session]:
             data=data,
             module=module,
             model=model,
+            cost=cost,
             engine=engine,
             average=WeightAverage(module, config.train.ema_decay) if config.train.ema_decay else None,
             plan=plan,

@@ -258,6 +258,12 @@ def test_run_in_the_folder_of_a_running_one_is_refused(run: Run, tmp_path: Path)
         run("run", "run.resume=true")
 
 
+def test_work_of_an_image_does_not_depend_on_the_precision(run: Run):
+    """Autocast on a CPU pads the experts' rows, which is no work on an image."""
+    costs = [summary_of(run(name, f"train.precision={name}", "train.max_steps=1")) for name in ("fp32", "bf16")]
+    assert costs[0]["active_flops_per_image"] == costs[1]["active_flops_per_image"]
+
+
 def test_times_go_on_from_the_checkpoint(run: Run):
     parts = run("parts", "train.stop_after_steps=5")
     before = last_state(parts).times
