@@ -63,11 +63,29 @@ class Feed:
             asked = time.perf_counter()
             batch = next(batches)
             read = time.perf_counter()
-            augmented = self._augmenter.train(self._to_device(batch), epoch)
+            with self._one_thread():
+                augmented = self._augmenter.train(self._to_device(batch), epoch)
             ready = time.perf_counter()
             self.wait_s += ready - asked
             self.augment_s += ready - read
             yield MicroBatch(augmented, planned.step_samples, planned.micro_samples, last=number == len(group))
+
+    @contextmanager
+    def _one_thread(self) -> Iterator[None]:
+        """On a CPU, augmentation on one thread.
+
+        The loader's thread fetches the next batch meanwhile: with all cores asked for, each small operation would
+        wait for a core that is busy reading.
+        """
+        threads = torch.get_num_threads()
+        if self._device.type != "cpu" or threads == 1:
+            yield
+            return
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
     def _to_device(self, batch: Batch) -> Batch:
         if self._device.type == "cpu":
