@@ -3,12 +3,11 @@
 import errno
 import logging
 import shutil
-from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
 import torch
-from torch.profiler import ProfilerActivity, profile, schedule
+from torch.profiler import ProfilerActivity, profile
 
 from distmoe.contracts import UserError
 
@@ -25,18 +24,31 @@ class Profile:
 
     def __init__(self, num_steps: int | None, folder: Path) -> None:
         self._folder = folder / "profile"
-        self._stack = ExitStack()
+        self._num_steps = num_steps
+        self._steps_done = 0
+        self._profiler: profile | None = None  # while it records
         self._written = False
-        self._profiler: profile | None = None
-        if num_steps is not None:
-            activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-            plan = schedule(wait=WARMUP_STEPS, warmup=1, active=num_steps, repeat=1)
-            self._profiler = profile(activities=activities, schedule=plan, on_trace_ready=self._write)
 
     def step(self) -> None:
         """An optimizer step is over."""
+        self._steps_done += 1
+        if self._num_steps is None:
+            return
+        # Started and stopped here rather than by a schedule: torch 2.11 crashes when one ends in its warm-up.
+        if self._steps_done == WARMUP_STEPS:
+            self._profiler = profile(
+                activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+            )
+            self._profiler.start()
+        elif self._steps_done == WARMUP_STEPS + self._num_steps:
+            self._finish()
+
+    def _finish(self) -> None:
         if self._profiler is not None:
-            self._profiler.step()
+            profiler, self._profiler = self._profiler, None
+            profiler.stop()
+            if self._steps_done > WARMUP_STEPS:
+                self._write(profiler)
 
     def _write(self, profiler: profile) -> None:
         trace = self._folder / "trace.json"
@@ -56,13 +68,11 @@ class Profile:
         logger.info("wrote %s", self._folder)
 
     def __enter__(self) -> "Profile":
-        if self._profiler is not None:
-            self._stack.enter_context(self._profiler)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stack.close()
-        if self._profiler is not None and not self._written:
-            logger.warning("no profile written: the run ended within its %d warm-up steps", WARMUP_STEPS + 1)
+        self._finish()  # a run that ends early gives what there is
+        if self._num_steps is not None and not self._written:
+            logger.warning("no profile written: the run ended within its %d warm-up steps", WARMUP_STEPS)
