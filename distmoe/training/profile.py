@@ -37,7 +37,8 @@ class Profile:
         # Started and stopped here rather than by a schedule: torch 2.11 crashes when one ends in its warm-up.
         if self._steps_done == WARMUP_STEPS:
             self._profiler = profile(
-                activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+                activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available(),
+                acc_events=True,  # there is one cycle only; torch 2.11 warns without it
             )
             self._profiler.start()
         elif self._steps_done == WARMUP_STEPS + self._num_steps:
