@@ -7,7 +7,7 @@
 # Settings (environment variables, all optional):
 #   PYTHON                   the interpreter to build .venv from (3.11 or 3.12); default: the first that works of
 #                            python3.12, python3.11, python3
-#   DISTMOE_EXTRAS           extras of pyproject.toml to install; default "ffcv,dev" (also there: deepspeed); "" = none
+#   DISTMOE_EXTRAS           extras of pyproject.toml to install; default "ffcv,deepspeed,dev" (also there: peers); "" = none
 #   DISTMOE_WITHOUT_FFCV     1 = go on without FFCV and its system packages; train with data.loader=resident
 #   DISTMOE_TORCH_INDEX_URL  another wheel index for torch and torchvision: CPU-only, or another CUDA version
 #   DISTMOE_CONSTRAINTS      another file of exact versions instead of launch/constraints.txt
@@ -22,7 +22,7 @@ readonly LOG=$VENV/setup.log
 readonly CONSTRAINTS=${DISTMOE_CONSTRAINTS:-launch/constraints.txt}
 readonly TORCH_INDEX_URL=${DISTMOE_TORCH_INDEX_URL:-}
 readonly WITHOUT_FFCV=${DISTMOE_WITHOUT_FFCV:-0}
-extras=${DISTMOE_EXTRAS-ffcv,dev}
+extras=${DISTMOE_EXTRAS-ffcv,deepspeed,dev}
 export PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 export DS_BUILD_OPS=0 # DeepSpeed compiles the operators a run uses when it first uses them
 
@@ -242,7 +242,8 @@ works() {
     "$VENV_PYTHON" - "$extras" >/dev/null 2>&1 <<'PY'
 import ctypes, importlib.metadata, pathlib, sys, sysconfig
 names = ["distmoe", "torch", "torchvision", "numpy", "numba", "accelerate", "tensorboard", "pydantic", "typer"]
-wanted = {"ffcv": ["ffcv"], "deepspeed": ["deepspeed"], "dev": ["pytest", "hypothesis", "ruff", "mypy"]}
+wanted = {"ffcv": ["ffcv"], "deepspeed": ["deepspeed"], "peers": ["transformers"],
+          "dev": ["pytest", "hypothesis", "ruff", "mypy"]}
 for extra in sys.argv[1].split(","):
     names += wanted.get(extra, [])
 for name in names:

@@ -6,8 +6,10 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-extras=${DISTMOE_EXTRAS-ffcv,dev}
-[[ ",$extras," == *,dev,* ]] || extras=${extras:+$extras,}dev # the gates themselves
+extras=${DISTMOE_EXTRAS-ffcv,deepspeed}
+for extra in dev peers; do # the gates themselves, and what some tests compare with
+    [[ ",$extras," == *",$extra,"* ]] || extras=${extras:+$extras,}$extra
+done
 DISTMOE_EXTRAS=$extras bash launch/setup.sh
 
 PATH=$PWD/.venv/bin:$PATH # the launchers that tests start are those of this environment
