@@ -37,13 +37,17 @@ def evaluate_run(run: Path, overrides: list[str]) -> str:
 
 
 def format_evaluation(result: Evaluation, values: dict[str, Any], spec: DataSpec) -> str:
-    """Accuracy, accuracy by class, and for each MoE layer its measures and the share of each class by expert."""
+    """Accuracy, accuracy by class, and for each MoE layer its measures beside their maxima, and classes by expert."""
     lines = [f"test accuracy {result.accuracy:.4f} ({result.samples} samples, checkpoint of step {values['step']})", ""]
     width = max(len(name) for name in spec.class_names)
     lines += [f"  {name:<{width}}  {share:.4f}" for name, share in values["class_accuracy"].items()]
     for layer, measures in values["layers"].items():
         lines += ["", f"layer {layer}"]
-        lines += [f"  {name:<32} {value:.4f}" for name, value in measures.items() if isinstance(value, float)]
+        longest = max(len(name) for name in measures["maxima"])
+        lines += [
+            f"  {name:<{longest}}  {measures[name]:.4f} of {maximum:.4f}"
+            for name, maximum in measures["maxima"].items()
+        ]
         lines += ["", f"  {'share of each class by expert':<{width}}"]
         for name, shares in zip(spec.class_names, measures["class_by_expert"], strict=True):
             lines.append(f"  {name:<{width}}  " + " ".join(f"{share:5.2f}" for share in shares))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from distmoe.config import RunConfig, TopKGateSection
+from distmoe.config import RunConfig
 from distmoe.contracts import UserError
 from distmoe.parallel.runtime import open_runtime, process_start_time
 from distmoe.training.checkpoint import Best, CheckpointFolder, Progress
@@ -83,12 +83,9 @@ def train(config: RunConfig) -> dict[str, Any] | None:
 
 
 def _check_trainable(config: RunConfig) -> None:
-    gate = config.moe.gate if config.moe is not None else None
-    if isinstance(gate, TopKGateSection) and gate.k == 1 and gate.renormalize:
-        raise UserError(
-            "moe.gate.renormalize must be false for moe.gate.k=1: the one weight would always be 1, "
-            "and the gate would get no gradient from the task"
-        )
+    gate_problem = config.moe.gate.training_problem() if config.moe is not None else None
+    for problem in filter(None, (config.model.training_problem(), gate_problem)):
+        raise UserError(problem)
 
 
 def _start(session: Session, folder: RunFolder, checkpoints: CheckpointFolder, resume: bool) -> None:
@@ -149,7 +146,7 @@ def _train_epoch(session: Session, outputs: Outputs, profile: Profile) -> bool:
         for micro_batches in steps:
             started = time.perf_counter()
             step = session.progress.step
-            result = train_step(session.engine, session.model, config, step, micro_batches)
+            result = train_step(session.engine, session.model, session.mixtures, config, step, micro_batches)
             if session.average is not None:
                 session.average.update(step)
             session.progress = _advanced(session)

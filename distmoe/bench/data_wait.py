@@ -54,7 +54,7 @@ def _measure(session: Session, feed: Feed, epoch: int) -> tuple[float, float, fl
     samples, started = 0, 0.0
     with feed.training_steps(planned, epoch) as steps:
         for step, micro_batches in enumerate(steps):
-            result = train_step(session.engine, session.model, session.config, step, micro_batches)
+            result = train_step(session.engine, session.model, session.mixtures, session.config, step, micro_batches)
             session.runtime.synchronize()
             if step == 0:  # opens the epoch, which is paid once an epoch and not once in so few steps
                 feed.wait_s = feed.augment_s = 0.0

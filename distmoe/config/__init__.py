@@ -19,7 +19,27 @@ from distmoe.config.base import Section
 from distmoe.config.data import AugmentSection, DataName, DataSection, SyntheticSection
 from distmoe.config.io import describe_errors, merge_overrides, read_yaml, to_yaml
 from distmoe.config.model import AnyModel, ConvNetModel, ModelSection, TutorialCNN, TutorialModel
-from distmoe.config.moe import AnyGate, DenseGateSection, LossWeights, MoESection, TopKGateSection
+from distmoe.config.moe import (
+    AnyGate,
+    AnyNetwork,
+    AttentiveGateSection,
+    CNNNetwork,
+    CosineGateSection,
+    CosineNetwork,
+    DenseGateSection,
+    ExpertChoiceGateSection,
+    HashGateSection,
+    LinearNetwork,
+    LossWeights,
+    MLPNetwork,
+    MoESection,
+    NoisyTopKGateSection,
+    SigmoidGateSection,
+    SoftGateSection,
+    SwitchGateSection,
+    TopKGateSection,
+    UniformGateSection,
+)
 from distmoe.config.optim import AdamWSection, AnyOptimizer, OptimSection, ScheduleSection, SGDSection
 from distmoe.config.train import ParallelSection, RunSection, TrainSection
 from distmoe.contracts import UserError
@@ -28,15 +48,25 @@ __all__ = [
     "AdamWSection",
     "AnyGate",
     "AnyModel",
+    "AnyNetwork",
     "AnyOptimizer",
+    "AttentiveGateSection",
     "AugmentSection",
+    "CNNNetwork",
     "ConvNetModel",
+    "CosineGateSection",
+    "CosineNetwork",
     "DataName",
     "DataSection",
     "DenseGateSection",
+    "ExpertChoiceGateSection",
+    "HashGateSection",
+    "LinearNetwork",
     "LossWeights",
+    "MLPNetwork",
     "MoESection",
     "ModelSection",
+    "NoisyTopKGateSection",
     "OptimSection",
     "ParallelSection",
     "RunConfig",
@@ -44,11 +74,15 @@ __all__ = [
     "SGDSection",
     "ScheduleSection",
     "Section",
+    "SigmoidGateSection",
+    "SoftGateSection",
+    "SwitchGateSection",
     "SyntheticSection",
     "TopKGateSection",
     "TrainSection",
     "TutorialCNN",
     "TutorialModel",
+    "UniformGateSection",
     "config_to_yaml",
     "load_config",
     "parse_config",
@@ -92,14 +126,35 @@ def _cross_checks(config: RunConfig) -> list[str]:
         problems.append(f"data.batch_size ({batch_size}) must be divisible by train.accumulation ({accumulation})")
     if isinstance(config.model, TutorialModel) and config.moe is None:
         problems.append("model.name tutorial needs a moe section, e.g. moe.num_experts=3 moe.gate.name=dense")
-    if isinstance(config.model, TutorialModel) and config.moe is not None and config.moe.gate.name != "dense":
-        problems.append("model.name tutorial mixes the class probabilities of all experts: moe.gate.name must be dense")
+    if isinstance(config.model, TutorialModel) and config.moe is not None:
+        problems += [f"model.name tutorial: {problem}" for problem in _mixture_problems(config.moe)]
+    if not isinstance(config.model, TutorialModel) and config.moe is not None and config.moe.objective != "likelihood":
+        problems.append(
+            f"moe.objective {config.moe.objective} is for models that mix class probabilities (tutorial), "
+            f"not for model.name {config.model.name}: moe.objective=likelihood"
+        )
     if isinstance(config.model, TutorialCNN) and config.moe is not None:
         problems.append("model.name tutorial_cnn is dense: remove the moe section (moe=null)")
     if config.train.select == "best" and config.data.validation_size == 0:
         problems.append(
             "train.select best needs validation data: set data.validation_size above 0 or train.select=last"
         )
+    return problems
+
+
+def _mixture_problems(moe: MoESection) -> list[str]:
+    """Why the gate does not give each sample equally many experts with weights that sum to 1."""
+    problems = []
+    if moe.gate.name in ("switch", "expert_choice", "soft"):
+        problems.append(f"moe.gate.name {moe.gate.name} does not mix class probabilities with weights that sum to 1")
+    if not getattr(moe.gate, "renormalize", True):
+        problems.append("the weights of a mixture of class probabilities must sum to 1: moe.gate.renormalize=true")
+    if getattr(moe.gate, "scale", 1.0) != 1.0:
+        problems.append("the weights of a mixture of class probabilities must sum to 1: moe.gate.scale=1")
+    if moe.gate.name not in ("switch", "expert_choice") and getattr(moe.gate, "capacity_factor", None) is not None:
+        problems.append("every sample needs all its experts: moe.gate.capacity_factor=null")
+    if moe.shared_hidden:
+        problems.append("there is no shared expert in a mixture of class probabilities: moe.shared_hidden=0")
     return problems
 
 

@@ -216,7 +216,11 @@ def _tag(model: type[BaseModel]) -> str | None:
 def _tags(problem: Any, schema: type[BaseModel]) -> list[str]:
     choices: list[type[BaseModel]] = [schema]
     for item in problem["loc"]:
-        choices = [found for model in choices for found in _models_in(model.model_fields[item].annotation)]
+        matching = [model for model in choices if item in model.model_fields]
+        if matching:
+            choices = [found for model in matching for found in _models_in(model.model_fields[item].annotation)]
+        else:  # the tag of a union on the way
+            choices = [model for model in choices if _tag(model) == item]
     return [tag for tag in map(_tag, choices) if tag]
 
 

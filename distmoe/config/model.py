@@ -4,7 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from distmoe.config.base import AsTuple, PathText, PositiveInt, Section, Widths
+from distmoe.config.base import AsTuple, NonNegativeFloat, NonNegativeInt, PathText, PositiveInt, Section, Widths
+
+TensorNames = Annotated[tuple[Annotated[str, Field(min_length=1, max_length=200)], ...], AsTuple]
 
 
 class ModelSection(Section):
@@ -12,6 +14,22 @@ class ModelSection(Section):
 
     init_from: PathText | None = None
     """Start from the weights of a run's folder or an exported .safetensors file, instead of fresh ones."""
+    init_mode: Literal["exact", "upcycle", "grow"] = "exact"
+    """How ``init_from`` is used: every tensor as it is; every expert a copy of a dense run's layer; or the first
+    experts from a run with as many or fewer. What has no counterpart starts fresh: a gate, a further expert."""
+    init_skip: TensorNames = ()
+    """Parts that start fresh instead, by the beginning of their tensors' names: [head] where the classes are others."""
+    upcycle_noise: NonNegativeFloat = 0.01
+    """Noise that makes the experts of ``upcycle`` differ, as a share of their weights' standard deviation."""
+    freeze_experts: NonNegativeInt = 0
+    """The first experts of every layer, this many, keep the weights they start with: for a second task."""
+
+    def training_problem(self) -> str | None:
+        """Why a run cannot start like that, and what to do; None where it can."""
+        if self.init_from is None and (self.init_mode != "exact" or self.init_skip):
+            name = "model.init_mode" if self.init_mode != "exact" else "model.init_skip"
+            return f"{name} needs model.init_from, the run or exported file to start from"
+        return None
 
 
 class TutorialModel(ModelSection):

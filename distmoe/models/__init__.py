@@ -3,16 +3,17 @@
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn, random
+from torch import random
 
 from distmoe.config import RunConfig
 from distmoe.contracts import DataSpec, UserError
 from distmoe.models.convnet import ConvNet
 from distmoe.models.initial import initialize_parameters
+from distmoe.models.protocol import Network
 from distmoe.models.tutorial import TutorialMixture, TutorialTwin
 from distmoe.moe.dispatch import Placement
 
-MODELS: dict[str, Callable[[Any, RunConfig, DataSpec, Placement], nn.Module]] = {
+MODELS: dict[str, Callable[[Any, RunConfig, DataSpec, Placement], Network]] = {
     "tutorial": lambda section, config, spec, placement: TutorialMixture(
         section, _moe(config), spec, config.data.normalize, placement
     ),
@@ -23,7 +24,7 @@ MODELS: dict[str, Callable[[Any, RunConfig, DataSpec, Placement], nn.Module]] = 
 }
 
 
-def build_model(config: RunConfig, spec: DataSpec, placement: Placement | None = None) -> nn.Module:
+def build_model(config: RunConfig, spec: DataSpec, placement: Placement | None = None) -> Network:
     """The model of a configuration with its initial weights, holding only this rank's experts.
 
     The initial weights depend on the seed and the parameters' names alone: not on the placement, the order of

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distmoe.config import ConvNetModel, MoESection
+from distmoe.config import ConvNetModel, LinearNetwork, MoESection
 from distmoe.contracts import Context, DataSpec
-from distmoe.models.protocol import ModelOutput, Normalize
+from distmoe.models.protocol import ModelOutput, Network, Normalize
 from distmoe.moe.dispatch import Placement
 from distmoe.moe.experts import MLPExperts
 from distmoe.moe.gates import build_gate
+from distmoe.moe.gates.base import Gate
 from distmoe.moe.layer import MoELayer
+from distmoe.moe.networks import network_factory
 from distmoe.moe.routing import Routing
 
 HEAD_SCALE = 1 / 9  # as in the speed-record networks: keeps the logits small at the start
@@ -83,7 +85,7 @@ class PositionFFN(nn.Module):
         return x + output.permute(0, 3, 1, 2), routing
 
 
-class ConvNet(nn.Module):
+class ConvNet(Network):
     """Stem, stages, feed-forward layers over positions, head.
 
     Args:
@@ -118,6 +120,11 @@ class ConvNet(nn.Module):
         )
         self.head = nn.Linear(widths[-1], spec.num_classes, bias=False)
 
+    def gates(self) -> dict[str, Gate]:
+        """See :class:`distmoe.models.protocol.Network`."""
+        layers = {f"ffns.{stage}": block.ffn for stage, block in self.ffns.items()}
+        return {name: layer.gate for name, layer in layers.items() if isinstance(layer, MoELayer)}
+
     def forward(self, images: Tensor, context: Context) -> ModelOutput:
         """See :class:`distmoe.models.protocol.Model`."""
         x = self.normalize(images).contiguous(memory_format=torch.channels_last)
@@ -136,6 +143,9 @@ class ConvNet(nn.Module):
 def _ffn(width: int, hidden: int, moe: MoESection | None, placement: Placement) -> DenseFFN | MoELayer:
     if moe is None:
         return DenseFFN(width, hidden)
-    gate = build_gate(moe.gate, nn.Linear(width, moe.num_experts, bias=False), moe.num_experts)
-    experts = MLPExperts(placement.local_experts(moe.num_experts), width, hidden)
-    return MoELayer(gate, experts, placement.dispatcher(moe.num_experts))
+    network = getattr(moe.gate, "network", None) or LinearNetwork()
+    gate = build_gate(moe.gate, moe.num_experts, network_factory(network, (width,)), hidden)
+    local = placement.local_experts(moe.num_experts)
+    experts = MLPExperts(local, width, hidden, with_hidden=gate.needs_hidden)
+    shared = DenseFFN(width, moe.shared_hidden) if moe.shared_hidden else None
+    return MoELayer(gate, experts, placement.dispatcher(moe.num_experts), shared=shared)

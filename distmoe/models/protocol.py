@@ -1,6 +1,6 @@
 """What a model is: images and a context in, class scores and the routings of its layers out."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from distmoe.contracts import Context, DataSpec
-from distmoe.moe.losses import classification_losses, negative_log_likelihood
+from distmoe.moe.gates.base import Gate
+from distmoe.moe.objectives import classification_losses, negative_log_likelihood
 from distmoe.moe.routing import Routing, at_least_float32
 
 
@@ -20,11 +21,17 @@ class ModelOutput:
         logits: (B, C) unnormalised class scores.
         log_probs: (B, C) log class probabilities, of models that mix probabilities.
         routings: The routing of each layer, by the layer's name.
+        objective: What training minimises instead of the cross-entropy: from labels (B,) and label smoothing to (B,).
+            Given by a forward pass in training only.
+        favourite_predictions: (B,) int64, the class that the most probable expert of each sample predicts by itself;
+            given in evaluation, by models whose experts are classifiers.
     """
 
     logits: Tensor | None = None
     log_probs: Tensor | None = None
     routings: Mapping[str, Routing] = field(default_factory=dict)
+    objective: Callable[[Tensor, float], Tensor] | None = None
+    favourite_predictions: Tensor | None = None
 
     @property
     def scores(self) -> Tensor:
@@ -34,7 +41,13 @@ class ModelOutput:
         return scores
 
     def losses(self, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        """(B,) float32 cross-entropy of each sample."""
+        """(B,) what is minimised, of each sample, float32: the objective if there is one, else the cross-entropy."""
+        if self.objective is not None:
+            return self.objective(labels, label_smoothing)
+        return self.cross_entropies(labels, label_smoothing)
+
+    def cross_entropies(self, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """(B,) float32 cross-entropy of each sample, whatever is minimised."""
         if self.logits is not None:
             return classification_losses(self.logits, labels, label_smoothing)
         return negative_log_likelihood(at_least_float32(self.scores), labels, label_smoothing)
@@ -46,6 +59,14 @@ class Model(Protocol):
     def __call__(self, images: Tensor, context: Context) -> ModelOutput:
         """(B, C, H, W) uint8 or (B, ...) float32, B may be 0, to the output."""
         ...
+
+
+class Network(nn.Module):
+    """The base of all models."""
+
+    def gates(self) -> dict[str, Gate]:
+        """The gate behind each of the output's routings, by the same name; none in a dense model."""
+        return {}
 
 
 class Normalize(nn.Module):

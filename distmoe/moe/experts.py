@@ -52,10 +52,19 @@ class MLPExperts(Experts):
         width: D.
         hidden: H.
         activation: Between the two layers.
+        with_hidden: Give the hidden layer before its activation beside the output: what an attentive gate asks for.
     """
 
-    def __init__(self, expert_ids: range, width: int, hidden: int, activation: Activation = "gelu") -> None:
+    def __init__(
+        self,
+        expert_ids: range,
+        width: int,
+        hidden: int,
+        activation: Activation = "gelu",
+        with_hidden: bool = False,
+    ) -> None:
         super().__init__(expert_ids)
+        self.with_hidden = with_hidden
         num_local = len(expert_ids)
         self.activation = activation
         self.w1 = nn.Parameter(torch.empty(num_local, width, hidden))
@@ -65,17 +74,20 @@ class MLPExperts(Experts):
         for index in range(num_local):
             self.reset_expert(index)
 
-    def forward(self, rows_R: Tensor, rows_per_expert_L: Tensor) -> Tensor:
-        """(R, D) to (R, D)."""
+    def forward(self, rows_R: Tensor, rows_per_expert_L: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """(R, D) to (R, D), or to that and (R, H)."""
         activation = _ACTIVATIONS[self.activation]
         # Cast the stacks once: autocast would cast each expert's slice of them, forward and backward.
         weights = [_autocast(weight).unbind() for weight in (self.w1, self.b1, self.w2, self.b2)]
         quantum = _row_quantum(weights[0][0])
-        outputs = []
+        outputs, hidden = [], []
         for x, w1, b1, w2, b2 in zip(rows_R.split(rows_per_expert_L.tolist()), *weights, strict=True):
             padded = F.pad(x, (0, 0, 0, -len(x) % quantum))
-            outputs.append(torch.addmm(b2, activation(torch.addmm(b1, padded, w1)), w2)[: len(x)])
-        return torch.cat(outputs)
+            before = torch.addmm(b1, padded, w1)
+            outputs.append(torch.addmm(b2, activation(before), w2)[: len(x)])
+            if self.with_hidden:
+                hidden.append(before[: len(x)])
+        return (torch.cat(outputs), torch.cat(hidden)) if self.with_hidden else torch.cat(outputs)
 
     @torch.no_grad()
     def reset_expert(self, index: int) -> None:

@@ -15,14 +15,22 @@ from distmoe.moe.routing import Routing
 class MoELayer(nn.Module):
     """A sparse or dense mixture of experts over tokens.
 
-    ``y_t = sum over assignments (t, e) of weight * expert_e(x_t)``. Leading axes of the input are flattened into rows;
-    the first one counts samples, so for (B, H, W, D) an image has H x W tokens.
+    ``y_t = shared(x_t) + sum over assignments (t, e) of weight * expert_e(x_t)``; with a gate that mixes tokens into
+    slots, the experts work on slots instead. Leading axes of the input are flattened into rows; the first one counts
+    samples, so for (B, H, W, D) an image has H x W tokens.
 
     Args:
         gate: Any gate of :mod:`distmoe.moe.gates`.
         experts: The experts on this rank.
         dispatcher: How tokens reach experts; the default keeps them on this device.
         token_dims: Trailing axes that make up one token: 1 for feature vectors, 3 for whole images.
+        shared: An expert that works on every token beside the chosen ones (DeepSeek-AI 2024, arXiv:2401.06066), a
+            module from (T, ...) to what the experts give; or None.
+
+    Raises:
+        ValueError: Without a dispatcher, another number of experts than the gate's. In the forward pass: an attentive
+            gate with experts that show no hidden state; an input without an axis before the token's; a context of other
+            samples.
 
     Example:
         >>> gate = TopKGate(nn.Linear(64, 8, bias=False), num_experts=8, k=2)
@@ -30,12 +38,22 @@ class MoELayer(nn.Module):
         >>> y, routing = layer(torch.randn(4, 49, 64))  # y is (4, 49, 64)
     """
 
-    def __init__(self, gate: Gate, experts: Experts, dispatcher: Dispatcher | None = None, token_dims: int = 1) -> None:
+    def __init__(
+        self,
+        gate: Gate,
+        experts: Experts,
+        dispatcher: Dispatcher | None = None,
+        token_dims: int = 1,
+        shared: nn.Module | None = None,
+    ) -> None:
         super().__init__()
+        if dispatcher is None and len(experts.expert_ids) != gate.num_experts:
+            raise ValueError(f"{len(experts.expert_ids)} experts for a gate that chooses among {gate.num_experts}")
         self.gate = gate
         self.experts = experts
         self.dispatcher = LocalDispatcher(gate.num_experts) if dispatcher is None else dispatcher
         self.token_dims = token_dims
+        self.shared = shared
 
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Routing]:
         """(B, ..., token) to the output, its leading axes and dtype as the input's, and the routing.
@@ -43,22 +61,31 @@ class MoELayer(nn.Module):
         Args:
             x: Tokens; the first axis is the sample.
             context: Keys of the noise. Without one (a layer inside somebody's own model), noise is keyed by a draw
-                from torch's generator.
+                from torch's generator, and samples are known by their place in the batch.
         """
-        leading = x.shape[: x.dim() - self.token_dims]
+        leading = x.shape[: max(x.dim() - self.token_dims, 0)]
+        if not leading:
+            raise ValueError(f"an input of shape {list(x.shape)} has no axis before the {self.token_dims} of a token")
         x_T = x.flatten(0, len(leading) - 1)
         rows_per_sample = leading[1:].numel()
         context = self._own_context(x) if context is None else context
+        if len(context.sample_ids) != len(x):
+            raise ValueError(f"the context is of {len(context.sample_ids)} samples, the input has {len(x)}")
         context = replace(context, rows_per_sample=rows_per_sample)
 
         routing = self.gate.route(x_T, context)
-        rows_R, rows_per_expert_L, plan = self.dispatcher.dispatch(x_T, routing.row_ids_A, routing.expert_ids_A)
+        rows = x_T if routing.mixing is None else routing.mixing.to_slots(x_T)
+        rows_R, rows_per_expert_L, plan = self.dispatcher.dispatch(rows, routing.row_ids_A, routing.expert_ids_A)
         result = self.experts(rows_R, rows_per_expert_L)
         output_R = result[0] if isinstance(result, tuple) else result
         if routing.weights_A is None:
             routing = self.gate.weigh(routing, self.dispatcher.gather(result, plan))
         assert routing.weights_A is not None, "weigh() must give weights"
         y_T = self.dispatcher.combine(output_R, plan, routing.weights_A)
+        if routing.mixing is not None:
+            y_T = routing.mixing.from_slots(y_T)
+        if self.shared is not None:
+            y_T = y_T + self.shared(x_T)
         return y_T.to(x.dtype).unflatten(0, leading), replace(routing, rows_per_sample=rows_per_sample)
 
     def _own_context(self, x: Tensor) -> Context:

@@ -1,54 +1,58 @@
-"""Auxiliary losses of a routing, and the objectives of mixtures of class probabilities.
+"""Auxiliary losses of a routing.
 
-An auxiliary loss is of one micro-batch over all ranks. It comes in two halves: ``sums(routing)`` gives tensors that add
-over tokens, a :class:`Reducer` adds them over ranks, and ``loss(sums)`` is a scalar that every rank computes alike.
-All are unweighted: the weights of the config are applied once, in the training step.
+An auxiliary loss is of one micro-batch over all ranks: a scalar that every rank computes alike. Most come in two
+halves: ``sums(routing)`` gives tensors that add over tokens, a :class:`distmoe.moe.sums.Reducer` adds them over ranks,
+and ``loss(sums)`` is the scalar. All are unweighted: the weights of the config are applied once, in the training step.
 """
 
-from collections.abc import Mapping
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from distmoe.moe.routing import Routing, at_least_float32
-
-Sums = dict[str, Tensor]
-
-
-class Reducer(Protocol):
-    """Adds tensors over all ranks; the gradient of the sum reaches every rank's own share."""
-
-    def __call__(self, sums: Sums) -> Sums:
-        """Collective: every rank calls it, in the same order. Returns float32 sums."""
-        ...
+from distmoe.config import MoESection
+from distmoe.moe.routing import Routing
+from distmoe.moe.similarity import Distance, Form, similarity_terms
+from distmoe.moe.sums import Reducer, Sums, no_reduction
 
 
-def no_reduction(sums: Sums) -> Sums:
-    """The :class:`Reducer` of one process: the sums themselves."""
-    return sums
-
-
-def add_sums(totals: Sums, more: Sums) -> None:
-    """Adds ``more`` to ``totals`` in place, name by name."""
-    for name, value in more.items():
-        totals[name] = totals[name] + value if name in totals else value
-
-
-class AuxiliaryLoss(Protocol):
+class AuxiliaryLoss(ABC):
     """One scalar from the routings of all ranks."""
 
+    @abstractmethod
+    def value(self, routing: Routing, inputs_B: Tensor | None = None, reducer: Reducer = no_reduction) -> Tensor:
+        """The loss over all ranks, float32 or wider, unweighted. Collective.
+
+        Args:
+            routing: Of this rank's tokens.
+            inputs_B: (B, ...) the samples they come from, for losses that compare inputs.
+            reducer: Adds and gathers over ranks.
+
+        Raises:
+            ValueError: The gate does not give what the loss is made of.
+        """
+
+
+class AdditiveLoss(AuxiliaryLoss):
+    """A loss that is a function of sums over tokens."""
+
+    @abstractmethod
     def sums(self, routing: Routing) -> Sums:
         """What this rank's tokens contribute."""
-        ...
 
+    @abstractmethod
     def loss(self, sums: Sums) -> Tensor:
-        """The scalar, float32, unweighted."""
-        ...
+        """The scalar, given the sums over all ranks."""
+
+    def value(self, routing: Routing, inputs_B: Tensor | None = None, reducer: Reducer = no_reduction) -> Tensor:
+        """See :class:`AuxiliaryLoss`."""
+        del inputs_B
+        return self.loss(reducer(self.sums(routing)))
 
 
-class LoadBalanceLoss:
+class LoadBalanceLoss(AdditiveLoss):
     """1 where tokens spread evenly over the experts, up to E where all go to one.
 
     ``E * sum_e f_e * P_e`` with f_e the share of assignments and P_e the mean probability of expert e. Gradients flow
@@ -73,7 +77,7 @@ class LoadBalanceLoss:
         return len(shares_E) * (shares_E * means_E).sum()
 
 
-class ImportanceLoss:
+class ImportanceLoss(AdditiveLoss):
     """Squared coefficient of variation of the experts' importance ``I_e = sum_t p(e|t)``.
 
     ``(std(I) / mean(I))^2`` with the unbiased standard deviation; 0 for one expert.
@@ -87,13 +91,36 @@ class ImportanceLoss:
 
     def loss(self, sums: Sums) -> Tensor:
         """Scalar; 0 if no row was routed."""
-        importance_E = sums["probs_E"]
-        if len(importance_E) == 1:
-            return importance_E.sum() * 0.0
-        return importance_E.var() / importance_E.mean().square().clamp(min=torch.finfo(importance_E.dtype).tiny)
+        return squared_variation(sums["probs_E"])
 
 
-class ZLoss:
+class LoadLoss(AdditiveLoss):
+    """Squared coefficient of variation of the experts' estimated load: ``L_e = sum_t P(t chooses e)``.
+
+    Of noisy gates in training, whose routing holds the estimate; elsewhere nothing is drawn, and the loss is 0.
+
+    Source: Shazeer et al. 2017, appendix A, eq. 10-11 (arXiv:1701.06538); unbiased as :class:`ImportanceLoss`.
+    """
+
+    def sums(self, routing: Routing) -> Sums:
+        """Summed chances of each expert."""
+        if routing.load_TE is None:
+            return {"load_E": _probs(routing).new_zeros(routing.num_experts)}
+        return {"load_E": routing.load_TE.sum(0)}
+
+    def loss(self, sums: Sums) -> Tensor:
+        """Scalar; 0 if no row was routed."""
+        return squared_variation(sums["load_E"])
+
+
+def squared_variation(values_E: Tensor) -> Tensor:
+    """``(std / mean)^2`` with the unbiased standard deviation; 0 for one value, and where all are zero."""
+    if len(values_E) == 1:
+        return values_E.sum() * 0.0
+    return values_E.var() / values_E.mean().square().clamp(min=torch.finfo(values_E.dtype).tiny)
+
+
+class ZLoss(AdditiveLoss):
     """Mean over tokens of the squared log-sum-exp of the gate's logits: keeps them small.
 
     Source: Zoph et al. 2022, eq. 5 (arXiv:2202.08906).
@@ -114,54 +141,57 @@ class ZLoss:
         return sums["squares"] / sums["rows"].clamp(min=1)
 
 
-LOSSES: dict[str, AuxiliaryLoss] = {
-    "load_balance": LoadBalanceLoss(),
-    "importance": ImportanceLoss(),
-    "z": ZLoss(),
+class SimilarityLoss(AuxiliaryLoss):
+    """One of the two terms of the sample-similarity loss L_s, see :func:`distmoe.moe.similarity.similarity_terms`.
+
+    Args:
+        pairs: ``within``: samples of one expert, which should be alike; ``between``: samples of different experts,
+            which should not.
+        form: As there.
+        distance: As there.
+    """
+
+    def __init__(
+        self, pairs: Literal["within", "between"], form: Form = "paper", distance: Distance = "pixels"
+    ) -> None:
+        self.pairs = pairs
+        self.form: Form = form
+        self.distance: Distance = distance
+
+    def value(self, routing: Routing, inputs_B: Tensor | None = None, reducer: Reducer = no_reduction) -> Tensor:
+        """See :class:`AuxiliaryLoss`; 0 for fewer than two tokens."""
+        within, between = similarity_terms(routing, inputs_B, reducer, self.form, self.distance)
+        return within if self.pairs == "within" else between
+
+
+LOSSES: dict[str, Callable[[MoESection], AuxiliaryLoss]] = {
+    "load_balance": lambda section: LoadBalanceLoss(),
+    "importance": lambda section: ImportanceLoss(),
+    "load": lambda section: LoadLoss(),
+    "z": lambda section: ZLoss(),
+    "similarity_within": lambda section: SimilarityLoss("within", **section.similarity.model_dump()),
+    "similarity_between": lambda section: SimilarityLoss("between", **section.similarity.model_dump()),
 }
 
 
+def build_losses(section: MoESection) -> dict[str, AuxiliaryLoss]:
+    """The losses with a weight above 0 in ``moe.loss_weights``."""
+    weights = section.loss_weights.model_dump()
+    return {name: build(section) for name, build in LOSSES.items() if weights[name] > 0}
+
+
 def auxiliary_losses(
-    routings: Mapping[str, Routing], weights: Mapping[str, float], reducer: Reducer = no_reduction
+    routings: Mapping[str, Routing],
+    losses: Mapping[str, AuxiliaryLoss],
+    inputs_B: Tensor | None = None,
+    reducer: Reducer = no_reduction,
 ) -> dict[str, Tensor]:
-    """Each loss with a weight above 0, unweighted, averaged over the layers. Collective, through ``reducer``."""
-    losses = {}
-    for name, weight in weights.items():
-        if weight > 0 and routings:
-            layers = [LOSSES[name].loss(reducer(LOSSES[name].sums(routing))) for routing in routings.values()]
-            losses[name] = torch.stack(layers).mean()
-    return losses
-
-
-def mixture_log_probs(log_probs_AC: Tensor, routing: Routing) -> Tensor:
-    """(T, C) log probabilities of a mixture of class distributions: ``log sum_e g_e(x) p_e(c|x)``.
-
-    Computed as log-sum-exp of log gate + log probability, so that a confident gate does not underflow.
-
-    Args:
-        log_probs_AC: Log class probabilities of each assignment, in assignment order, row by row.
-        routing: Of a dense gate, whose assignments are all experts of row 0, then of row 1, ...
-
-    Source: Jacobs et al. 1991, the likelihood of the mixture; here with class probabilities instead of Gaussians.
-    """
-    if routing.logits_TE is None or len(log_probs_AC) != routing.num_rows * routing.num_experts:
-        raise ValueError("a mixture of class probabilities needs a dense gate")
-    log_gate_TE1 = routing.logits_TE.log_softmax(-1).unsqueeze(-1)
-    log_probs_TEC = at_least_float32(log_probs_AC).unflatten(0, (routing.num_rows, routing.num_experts))
-    return torch.logsumexp(log_gate_TE1 + log_probs_TEC, dim=1)
-
-
-def negative_log_likelihood(log_probs_TC: Tensor, labels_T: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """(T,) cross-entropy of log probabilities with the labels, ``label_smoothing`` of each target spread evenly."""
-    picked_T = -log_probs_TC.gather(1, labels_T.unsqueeze(1)).squeeze(1)
-    if label_smoothing == 0.0:
-        return picked_T
-    return (1.0 - label_smoothing) * picked_T - label_smoothing * log_probs_TC.mean(1)
-
-
-def classification_losses(logits_TC: Tensor, labels_T: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """(T,) softmax cross-entropy in float32 or wider."""
-    return F.cross_entropy(at_least_float32(logits_TC), labels_T, reduction="none", label_smoothing=label_smoothing)
+    """Each loss, unweighted, averaged over the layers. Collective, through ``reducer``."""
+    values = {}
+    for name, loss in losses.items():
+        if routings:
+            values[name] = torch.stack([loss.value(one, inputs_B, reducer) for one in routings.values()]).mean()
+    return values
 
 
 def _probs(routing: Routing) -> Tensor:

@@ -1,8 +1,8 @@
 """Routing: the contract between gates, dispatchers, losses and metrics.
 
 Letters used in ``moe/``: T tokens (rows) on this rank, D width, E experts in all, L experts on this rank, A
-assignments, R rows received by this rank, C channels or classes. A *token* is whatever a gate routes (an image, a
-patch, a position's feature vector); its shape is free.
+assignments, R rows received by this rank, C channels or classes, G routing groups, N tokens of a group, S slots. A
+*token* is whatever a gate routes (an image, a patch, a position's feature vector); its shape is free.
 """
 
 from dataclasses import dataclass, replace
@@ -10,22 +10,71 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from distmoe.moe.groups import RoutingGroups
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision and integers as float32; float64, which exact comparisons are made in, stays as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@dataclass(frozen=True)
+class SlotMixing:
+    """The two matrices of Soft MoE, applied on the tokens' own rank: a dispatcher sees slots only.
+
+    Attributes:
+        groups: How T tokens fall into G groups of N.
+        into_GNS: (G, N, S) weight of each token in each slot; sums to 1 over the tokens of a group.
+        out_of_GNS: (G, N, S) weight of each slot's output in each token; sums to 1 over the slots.
+    """
+
+    groups: RoutingGroups
+    into_GNS: Tensor
+    out_of_GNS: Tensor
+
+    def to_slots(self, x_T: Tensor) -> Tensor:
+        """(T, ...) tokens to (G * S, ...) slots, averaged in float32 or wider, in the tokens' dtype."""
+        x_GND = self.groups.fold(at_least_float32(x_T).reshape(len(x_T), x_T.shape[1:].numel()))
+        with torch.autocast(x_T.device.type, enabled=False):
+            slots = torch.einsum("gns,gnd->gsd", self.into_GNS, x_GND).flatten(0, 1)
+        return slots.reshape(len(slots), *x_T.shape[1:]).to(x_T.dtype)
+
+    def from_slots(self, y: Tensor) -> Tensor:
+        """(G * S, ...) outputs of the slots to (T, ...), float32 or wider."""
+        num_groups, _, num_slots = self.out_of_GNS.shape
+        y_GSD = at_least_float32(y).reshape(num_groups, num_slots, y.shape[1:].numel())
+        with torch.autocast(y.device.type, enabled=False):
+            tokens = self.groups.unfold(torch.einsum("gns,gsd->gnd", self.out_of_GNS, y_GSD))
+        return tokens.reshape(len(tokens), *y.shape[1:])
+
+    def detach(self) -> "SlotMixing":
+        """The same matrices without gradient."""
+        return replace(self, into_GNS=self.into_GNS.detach(), out_of_GNS=self.out_of_GNS.detach())
+
 
 @dataclass(frozen=True)
 class Routing:
-    """Which token goes to which expert with what weight. It carries no loss: see :mod:`distmoe.moe.losses`.
+    """Which row goes to which expert with what weight. It carries no loss: see :mod:`distmoe.moe.losses`.
+
+    Rows are the tokens; for Soft MoE they are the slots, while logits and probabilities stay those of the tokens.
 
     Attributes:
-        num_rows: T.
+        num_rows: Rows that assignments count: T, or G * S slots where there is a ``mixing``.
         num_experts: E.
-        row_ids_A: (A,) int64 token of each assignment.
+        row_ids_A: (A,) int64 row of each assignment.
         expert_ids_A: (A,) int64 expert of each assignment.
-        weights_A: (A,) float32 combine weights, with gradient; (A, C) for gates with one weight a filter. May be
-            negative for unnormalised gates; None until an attentive gate has weighed.
+        weights_A: (A,) float32 combine weights, with gradient; (A, C) for gates with one weight a filter, (A, 1, ...)
+            with one a position. May be negative for unnormalised gates; None until an attentive gate has weighed.
         logits_TE: (T, E) float32 gate logits, (T, C, E) for per-filter gates, or None.
         probs_TE: Softmax (or what the gate uses instead) of ``logits_TE``, same shape, or None.
         rows_per_sample: Tokens a sample has; rows come in sample order.
         wanted_E: (E,) int64 assignments each expert would have got without capacity; None where nothing is refused.
+        softmax_weights: Whether a row's weights are the softmax of its assignments' logits: the logarithm of a weight
+            is then known exactly, however small the weight.
+        load_TE: (T, E) smooth estimate of the chance that a token chooses an expert (noisy gates), or None.
+        tokens_T: (T, ...) what the gate saw, without gradient, for losses that compare tokens; None once detached.
+        queries_T: (T, h) what an attentive gate asks the experts, until it has weighed.
+        mixing: Soft MoE's way from tokens into slots and back, or None.
     """
 
     num_rows: int
@@ -37,10 +86,15 @@ class Routing:
     probs_TE: Tensor | None
     rows_per_sample: int = 1
     wanted_E: Tensor | None = None
+    softmax_weights: bool = False
+    load_TE: Tensor | None = None
+    tokens_T: Tensor | None = None
+    queries_T: Tensor | None = None
+    mixing: SlotMixing | None = None
 
     @property
     def assignments_per_row(self) -> int:
-        """A / T for gates that give every row equally many assignments, row by row.
+        """A / num_rows for gates that give every row equally many assignments, row by row; 0 without rows.
 
         Raises:
             ValueError: The assignments are not laid out like that.
@@ -74,15 +128,14 @@ class Routing:
         return torch.bincount(self.expert_ids_A, minlength=self.num_experts)
 
     def detach(self) -> "Routing":
-        """The same routing without gradients, for metrics."""
+        """The same routing without gradients and without the tokens, for metrics."""
         return replace(
             self,
             weights_A=None if self.weights_A is None else self.weights_A.detach(),
             logits_TE=None if self.logits_TE is None else self.logits_TE.detach(),
             probs_TE=None if self.probs_TE is None else self.probs_TE.detach(),
+            load_TE=None if self.load_TE is None else self.load_TE.detach(),
+            tokens_T=None,
+            queries_T=None,
+            mixing=None if self.mixing is None else self.mixing.detach(),
         )
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Half precision and integers as float32; float64, which exact comparisons are made in, stays as it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from distmoe.contracts import Batch, Context, DataSpec
-from distmoe.models.protocol import Model
-from distmoe.moe.losses import Reducer, Sums, add_sums
-from distmoe.moe.measures import describe_routing, label_sums, routing_sums
+from distmoe.models.protocol import Model, ModelOutput
+from distmoe.moe.measures import Cells, factor_cells, measure, routing_sums, table_sums
+from distmoe.moe.sums import Reducer, Sums, add_sums
 
 
 @dataclass(frozen=True)
@@ -51,21 +51,31 @@ class Evaluation:
             "samples": self.samples,
             "class_accuracy": dict(zip(spec.class_names, self.class_accuracy, strict=True)),
             "confusion": self.confusion_CC.tolist(),
-            "layers": {
-                name: {
-                    **describe_routing(sums),
-                    "expert_load": (sums["assignments_E"] / sums["assignments_E"].sum().clamp(min=1)).tolist(),
-                    "class_by_expert": class_shares(sums).tolist(),
-                }
-                for name, sums in self.layers.items()
-            },
+            "layers": {name: _describe_layer(sums) for name, sums in self.layers.items()},
         }
+
+
+def _describe_layer(sums: Sums) -> dict[str, Any]:
+    measured = measure(sums)
+    tables = {"expert_load": _shares(sums["assignments_E"]).tolist()}
+    if "probs_E" in sums:
+        tables["expert_probability"] = _shares(sums["probs_E"]).tolist()
+    return {
+        **{name: one.value for name, one in measured.items()},
+        "maxima": {name: one.maximum for name, one in measured.items()},
+        **tables,
+        "class_by_expert": class_shares(sums).tolist(),
+    }
 
 
 def class_shares(sums: Sums) -> Tensor:
     """(C, E): of the gate's weight on each class, the share each expert has; rows sum to 1."""
-    table_CE = sums.get("soft_CE", sums["assigned_CE"])
-    return table_CE / table_CE.sum(1, keepdim=True).clamp(min=torch.finfo(table_CE.dtype).tiny)
+    return _shares(sums["class_soft_VE"] if "class_soft_VE" in sums else sums["class_assigned_VE"])
+
+
+def _shares(weights: Tensor) -> Tensor:
+    """Each row divided by its sum; a row of zeros stays."""
+    return weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
 
 
 @torch.no_grad()
@@ -91,10 +101,12 @@ def evaluate(
             output = model(batch.images, Context(seed, 0, batch.sample_ids, training=False))
             cells = batch.labels * num_classes + output.scores.argmax(-1)
             confusion = torch.bincount(cells, minlength=num_classes**2).view(num_classes, num_classes)
-            add_sums(totals, {"loss": output.losses(batch.labels).double().sum(), "confusion": confusion.double()})
+            add_sums(
+                totals, {"loss": output.cross_entropies(batch.labels).double().sum(), "confusion": confusion.double()}
+            )
+            variables = _variables(batch, output, num_classes)
             for name, routing in output.routings.items():
-                sums = {**routing_sums(routing), **label_sums(routing, batch.labels, num_classes)}
-                add_sums(layers.setdefault(name, {}), sums)
+                add_sums(layers.setdefault(name, {}), {**routing_sums(routing), **table_sums(routing, variables)})
     finally:
         module.train(was_training)
     totals = reducer(totals)
@@ -104,3 +116,12 @@ def evaluate(
     )
     loss = float(totals["loss"]) / max(int(confusion_CC.sum()), 1) if totals else 0.0
     return Evaluation(loss, confusion_CC, layers)
+
+
+def _variables(batch: Batch, output: ModelOutput, num_classes: int) -> dict[str, Cells]:
+    """What experts may be specialised in: true and predicted classes, and whatever was recorded with the samples."""
+    classes = {"class": batch.labels, "predicted_class": output.scores.argmax(-1)}
+    favourites = output.favourite_predictions
+    if favourites is not None and len(output.routings) == 1:  # of several, it would be known of the top one only
+        classes["expert_predicted_class"] = favourites
+    return {**{name: Cells(ids_B, num_classes) for name, ids_B in classes.items()}, **factor_cells(batch.factors)}

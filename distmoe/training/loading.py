@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,8 +16,11 @@ from distmoe.config.io import merge_overrides, parse_yaml
 from distmoe.contracts import Context, DataSpec, UserError
 from distmoe.models import build_model
 from distmoe.models.protocol import ModelOutput
+from distmoe.moe.growing import Origin, exact, grown, mismatches, take_weights, upcycled
 from distmoe.training.checkpoint import spec_from_json, spec_to_json
 from distmoe.training.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
 
 
 class TrainedModel(nn.Module):
@@ -88,34 +92,85 @@ def export_model(run: str | Path, target: str | Path) -> Path:
     return target
 
 
-def read_inference_weights(source: str | Path) -> dict[str, Tensor]:
-    """The weights and buffers of a run's selected checkpoint or of an exported file."""
-    return _read(Path(source), ())[2]
-
-
 def load_inference_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
     """Copies weights and buffers into a model by name.
 
     Raises:
         UserError: A name is missing or too many, or a shape differs; the message lists the first of them.
     """
-    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    problems = [f"{name} is missing" for name in own.keys() - weights.keys()]
-    problems += [f"{name} is not in this model" for name in weights.keys() - own.keys()]
-    problems += [
-        f"{name} has shape {list(weights[name].shape)}, this model's has {list(own[name].shape)}"
-        for name in own.keys() & weights.keys()
-        if own[name].shape != weights[name].shape
-    ]
-    if problems:
-        shown = "; ".join(sorted(problems)[:3])
+    _take(exact(module), weights, source, "use the configuration it was trained with")
+
+
+def start_from(module: nn.Module, config: RunConfig, source: str | Path) -> None:
+    """Takes the initial weights of a model from a trained one, in the way of ``model.init_mode``.
+
+    Args:
+        module: With the fresh initial weights of ``config``, some of which it may keep.
+        config: Its ``model.init_mode``, ``init_skip`` and ``upcycle_noise`` are used, and the random seed.
+        source: A run's folder or an exported file.
+
+    Raises:
+        UserError: There is no trained model, or it does not fit; the model is unchanged.
+    """
+    trained, _, weights = _read(Path(source), ())
+    place = f"model.init_from {source}"
+    origins = _origins(module, config, trained, place)
+    skipped = config.model.init_skip
+    names = {origin.target for origin in exact(module)} | weights.keys()
+    for prefix in skipped:
+        if not any(_below(name, (prefix,)) for name in names):
+            raise UserError(f"model.init_skip {prefix}: no tensor of this model or of {source} begins with it")
+    origins = [one for one in origins if not (_below(one.source, skipped) or _below(one.target, skipped))]
+    weights = {name: weight for name, weight in weights.items() if not _below(name, skipped)}
+    _take(origins, weights, place, _remedy(config, trained))
+    logger.info("%s, %s: %d tensors taken", place, config.model.init_mode, len(weights))
+
+
+def _origins(module: nn.Module, config: RunConfig, trained: RunConfig, place: str) -> list[Origin]:
+    mode = config.model.init_mode
+    if mode == "exact":
+        return exact(module)
+    if config.moe is None:
         raise UserError(
-            f"{source}: {len(problems)} of its tensors do not fit model.name and its settings: {shown}; "
-            "use the configuration it was trained with"
+            f"model.init_mode {mode} is for a model with experts: give a moe section, or use model.init_mode=exact"
         )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(weights[name])
+    if mode == "upcycle":
+        if trained.moe is not None:
+            raise UserError(f"{place}: is no dense model, which alone can be upcycled: use model.init_mode=grow")
+        return upcycled(module, config.model.upcycle_noise, config.seed)
+    if trained.moe is None:
+        raise UserError(f"{place}: is a dense model, which cannot grow: use model.init_mode=upcycle")
+    if trained.moe.num_experts > config.moe.num_experts:
+        raise UserError(
+            f"{place}: has {trained.moe.num_experts} experts, more than moe.num_experts ({config.moe.num_experts}): "
+            "a model grows to as many or more"
+        )
+    return grown(module, trained.moe.num_experts)
+
+
+def _remedy(config: RunConfig, trained: RunConfig) -> str:
+    """What to do where the tensors do not fit."""
+    before, now = trained.moe, config.moe
+    if config.model.init_mode == "exact" and now is not None and before is None:
+        return "use model.init_mode=upcycle to make experts of a dense model"
+    if config.model.init_mode == "exact" and now and before and now.num_experts > before.num_experts:
+        return "use model.init_mode=grow to add experts"
+    return "use the configuration it was trained with, or name in model.init_skip what is to start fresh"
+
+
+def _below(name: str, prefixes: tuple[str, ...]) -> bool:
+    """Whether a tensor is one of these, or inside one of these modules."""
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def _take(origins: list[Origin], weights: Mapping[str, Tensor], source: str, remedy: str) -> None:
+    problems = mismatches(origins, weights)
+    if problems:
+        shown = "; ".join(problem if len(problem) <= 200 else f"{problem[:197]}..." for problem in problems[:3])
+        raise UserError(
+            f"{source}: {len(problems)} of its tensors do not fit model.name and its settings: {shown}; {remedy}"
+        )
+    take_weights(origins, weights)
 
 
 def _read(source: Path, overrides: tuple[str, ...] | list[str]) -> tuple[RunConfig, DataSpec, dict[str, Tensor]]:

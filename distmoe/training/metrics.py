@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from distmoe.contracts import UserError
-from distmoe.moe.losses import add_sums
 from distmoe.moe.measures import describe_routing, routing_sums
+from distmoe.moe.sums import add_sums
 from distmoe.training.run_folder import write_whole
 from distmoe.training.step import StepResult
 
@@ -141,11 +141,10 @@ class Interval:
         """
         assert self._last is not None, "nothing was added"
         samples = float(self._sums["samples"])
-        cross_entropy = float(self._sums["loss"]) / samples
         auxiliary = {name: float(value) / self._steps for name, value in self._auxiliary.items()}
         numbers = {
-            "loss": cross_entropy + sum(weights[name] * value for name, value in auxiliary.items()),
-            "cross_entropy": cross_entropy,
+            "loss": float(self._sums["loss"]) / samples + sum(weights[name] * one for name, one in auxiliary.items()),
+            "cross_entropy": float(self._sums["cross_entropy"]) / samples,
             **auxiliary,
             "accuracy": float(self._sums["correct"]) / samples,
             "gradient_norm": float(self._last.gradient_norm),

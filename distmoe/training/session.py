@@ -15,7 +15,9 @@ from distmoe.data.augment import Augmenter
 from distmoe.data.index_plan import IndexPlan, split_validation
 from distmoe.data.loaders import OpenData, open_data
 from distmoe.models import build_model
-from distmoe.models.protocol import Model
+from distmoe.models.protocol import Model, Network
+from distmoe.moe.growing import FrozenExperts
+from distmoe.moe.losses import build_losses
 from distmoe.parallel.engines import build_engine
 from distmoe.parallel.engines.protocol import Engine
 from distmoe.parallel.runtime import Runtime
@@ -25,10 +27,11 @@ from distmoe.training.cost import Cost, measure_cost
 from distmoe.training.ema import WeightAverage
 from distmoe.training.evaluation import Evaluation, evaluate
 from distmoe.training.feed import Feed
-from distmoe.training.loading import load_inference_weights, read_inference_weights
+from distmoe.training.loading import load_inference_weights, start_from
 from distmoe.training.metrics import Interval
 from distmoe.training.optim import build_optimizer
 from distmoe.training.schedule import build_schedule
+from distmoe.training.step import Mixtures
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +46,7 @@ class Session:
         data: The open data set.
         module: The model itself.
         model: What to call: the module as the engine prepared it.
+        mixtures: Gates, auxiliary losses and frozen experts of its MoE layers.
         cost: Parameters and work of the model.
         engine: Owns the optimizer.
         average: Averaged weights, if the run keeps them.
@@ -61,6 +65,7 @@ class Session:
     data: OpenData
     module: nn.Module
     model: Model
+    mixtures: Mixtures
     cost: Cost
     engine: Engine
     average: WeightAverage | None
@@ -145,8 +150,12 @@ class Session:
             )
 
     def start_from_weights(self, source: str) -> None:
-        """Takes the weights of another run, or of an exported file, for the initial ones."""
-        load_inference_weights(self.module, read_inference_weights(source), f"model.init_from {source}")
+        """Takes the weights of another run, or of an exported file, for the initial ones, as ``model.init_mode`` says.
+
+        Raises:
+            UserError: There are none, or they do not fit.
+        """
+        start_from(self.module, self.config, source)
         if self.average is not None:
             self.average.restart()
 
@@ -209,6 +218,7 @@ def open_session(config: RunConfig, runtime: Runtime) -> Iterator[Session]:
             data=data,
             module=module,
             model=model,
+            mixtures=_mixtures(config, module),
             cost=cost,
             engine=engine,
             average=WeightAverage(module, config.train.ema_decay) if config.train.ema_decay else None,
@@ -226,6 +236,14 @@ def open_session(config: RunConfig, runtime: Runtime) -> Iterator[Session]:
     finally:
         engine.close()
         data.close()
+
+
+def _mixtures(config: RunConfig, module: Network) -> Mixtures:
+    try:
+        frozen = FrozenExperts(module, config.model.freeze_experts) if config.model.freeze_experts else None
+    except ValueError as error:
+        raise UserError(f"model.freeze_experts: {error}") from None
+    return Mixtures(module.gates(), build_losses(config.moe) if config.moe else {}, frozen)
 
 
 def _evaluation_plan(sample_ids: Tensor, config: RunConfig, runtime: Runtime) -> IndexPlan:

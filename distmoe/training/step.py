@@ -1,6 +1,7 @@
 """One optimizer step: forward, losses, backward and update over its micro-batches."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -8,9 +9,12 @@ from torch import Tensor
 
 from distmoe.config import RunConfig
 from distmoe.contracts import Batch, Context
-from distmoe.models.protocol import Model
-from distmoe.moe.losses import add_sums, auxiliary_losses
+from distmoe.models.protocol import Model, ModelOutput
+from distmoe.moe.gates.base import Gate
+from distmoe.moe.growing import FrozenExperts
+from distmoe.moe.losses import AuxiliaryLoss, auxiliary_losses
 from distmoe.moe.routing import Routing
+from distmoe.moe.sums import Sums, add_sums
 from distmoe.parallel.engines.protocol import Engine
 
 
@@ -36,7 +40,8 @@ class StepResult:
     """What happened, on the device, without gradient.
 
     Attributes:
-        sums: Per-rank sums that add over ranks: ``loss`` (of samples, with label smoothing), ``correct``, ``samples``.
+        sums: Per-rank sums that add over ranks: ``loss`` (what is minimised, of samples), ``cross_entropy`` (the same
+            unless the mixture has another objective), both with label smoothing, ``correct``, ``samples``.
         auxiliary: Unweighted auxiliary losses by name, of all ranks.
         step_samples: Valid samples of the step, over ranks.
         gradient_norm: Global norm before clipping.
@@ -53,17 +58,39 @@ class StepResult:
     routings: Mapping[str, Routing] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Mixtures:
+    """What the MoE layers of a model bring into its training.
+
+    Attributes:
+        gates: By the name of their routing.
+        losses: Auxiliary losses that have a weight.
+        frozen: Experts that keep their weights, if there are any.
+    """
+
+    gates: Mapping[str, Gate] = field(default_factory=dict)
+    losses: Mapping[str, AuxiliaryLoss] = field(default_factory=dict)
+    frozen: FrozenExperts | None = None
+
+
 def train_step(
-    engine: Engine, model: Model, config: RunConfig, step: int, micro_batches: Iterable[MicroBatch]
+    engine: Engine,
+    model: Model,
+    mixtures: Mixtures,
+    config: RunConfig,
+    step: int,
+    micro_batches: Iterable[MicroBatch],
 ) -> StepResult:
     """Runs one optimizer step. Collective: every rank runs the same number of micro-batches.
 
-    The loss is ``mean over the step's samples of the cross-entropy + sum of weight * auxiliary loss``; a micro-batch's
-    auxiliary losses count by its share of the samples. See ``engines/protocol.py`` for the scaling over ranks.
+    The loss is ``mean over the step's samples of the objective (by default the cross-entropy) + sum of weight *
+    auxiliary loss``; a micro-batch's auxiliary losses count by its share of the samples. See ``engines/protocol.py``
+    for the scaling over ranks. Balancers of gates are updated once, after the optimizer.
 
     Args:
         engine: Owns the optimizer.
         model: What the engine's ``prepare`` returned.
+        mixtures: Of that model.
         config: The run.
         step: Optimizer step from the start of training.
         micro_batches: In order; the last one has ``last`` set.
@@ -72,6 +99,8 @@ def train_step(
     sums: dict[str, Tensor] = {}
     auxiliary: dict[str, Tensor] = {}
     routings: Mapping[str, Routing] = {}
+    balanced = {name: gate.balancer for name, gate in mixtures.gates.items() if gate.balancer is not None}
+    loads: dict[str, Sums] = {name: {} for name in balanced}
     step_samples = 0
     for micro in micro_batches:
         batch, labels, step_samples = micro.batch, micro.batch.labels, micro.step_samples
@@ -79,23 +108,31 @@ def train_step(
         with engine.micro_batch(micro.last):
             output = model(batch.images, context)
             losses = output.losses(labels, config.train.label_smoothing)
-            parts = auxiliary_losses(output.routings, weights, engine.reducer)
+            parts = auxiliary_losses(output.routings, mixtures.losses, batch.images, engine.reducer)
             share = micro.micro_samples / micro.step_samples
             loss = losses.sum() * (engine.world_size / micro.step_samples)
             for name, part in parts.items():
                 loss = loss + part * (weights[name] * share)
             engine.backward(loss)
-        add_sums(sums, _sample_sums(output.scores, losses, labels))
+        add_sums(sums, _sample_sums(output, losses, labels, config.train.label_smoothing))
         add_sums(auxiliary, {name: part.detach() * share for name, part in parts.items()})
         routings = {name: routing.detach() for name, routing in output.routings.items()}
-    gradient_norm = engine.step()
+        for name, balancer in balanced.items():
+            add_sums(loads[name], balancer.sums(routings[name]))
+    with mixtures.frozen.unchanged() if mixtures.frozen is not None else nullcontext():
+        gradient_norm = engine.step()
+    for name, balancer in balanced.items():
+        balancer.update(engine.reducer(loads[name]))
     checked = [sums["loss"], *auxiliary.values()] + [gradient_norm] * (config.train.precision != "fp16")
     return StepResult(sums, auxiliary, step_samples, gradient_norm, torch.stack(checked).sum(), routings)
 
 
-def _sample_sums(scores: Tensor, losses: Tensor, labels: Tensor) -> dict[str, Tensor]:
+@torch.no_grad()
+def _sample_sums(output: ModelOutput, losses: Tensor, labels: Tensor, label_smoothing: float) -> Sums:
+    entropies = losses if output.objective is None else output.cross_entropies(labels, label_smoothing)
     return {
-        "loss": losses.detach().double().sum(),
-        "correct": (scores.detach().argmax(-1) == labels).double().sum(),
+        "loss": losses.double().sum(),
+        "cross_entropy": entropies.double().sum(),
+        "correct": (output.scores.argmax(-1) == labels).double().sum(),
         "samples": losses.new_tensor(float(len(labels)), dtype=torch.float64),
     }

@@ -167,7 +167,7 @@ def right_lists(items: tuple[Any, ...], bounds: list[Any]) -> set[str]:
     for name, values in VALUES.items():
         if isinstance(values, list):
             wanted = [items[0]] * len(values) if items[-1] is ... else list(items)
-            names = [next((key for key, one in VALUES.items() if one is item), None) for item in values]
+            names = [next((key for key, one in VALUES.items() if one is item), "text") for item in values]
             each = [name in right_names(kind) for name, kind in zip(names, wanted, strict=False)]
             if len(wanted) == len(values) and all(each) and all(fits(values, bound) for bound in bounds):
                 found.add(name)

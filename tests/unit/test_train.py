@@ -328,11 +328,11 @@ def signals_in_step(monkeypatch: pytest.MonkeyPatch, step: int, *signals: int) -
     """This process gets the signals in the middle of optimizer step ``step`` (from 0)."""
     real_step = flow.train_step
 
-    def train_step(engine: Any, model: Any, config: Any, number: int, micro_batches: Any) -> Any:
+    def train_step(engine: Any, model: Any, mixtures: Any, config: Any, number: int, micro_batches: Any) -> Any:
         if number == step:
             for one in signals:
                 os.kill(os.getpid(), one)
-        return real_step(engine, model, config, number, micro_batches)
+        return real_step(engine, model, mixtures, config, number, micro_batches)
 
     monkeypatch.setattr(flow, "train_step", train_step)
 
@@ -416,8 +416,8 @@ def test_infinite_weights_are_not_saved(
     # The loss and the gradient were finite, the update was not.
     real_step = flow.train_step
 
-    def train_step(engine: Any, model: Any, config: Any, number: int, micro_batches: Any) -> Any:
-        result = real_step(engine, model, config, number, micro_batches)
+    def train_step(engine: Any, model: Any, mixtures: Any, config: Any, number: int, micro_batches: Any) -> Any:
+        result = real_step(engine, model, mixtures, config, number, micro_batches)
         if number + 1 == step:
             next(model.parameters()).data[0] = float("inf")
         return result

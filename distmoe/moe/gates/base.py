@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from distmoe.contracts import Context
+from distmoe.moe.balance import Balancer
 from distmoe.moe.routing import Routing, at_least_float32
 
 
@@ -16,23 +17,42 @@ class Gate(nn.Module, ABC):
     depend on the experts' hidden states, do something in the second.
 
     Args:
-        network: Maps tokens (T, ...) to logits (T, E). It always runs in float32 (float64 for such tokens), outside
-            autocast: in half precision, rounding flips the choice of expert.
+        network: Maps tokens (T, ...) to (T, :attr:`num_outputs`), mostly logits. It always runs in float32 (float64 for
+            such tokens), outside autocast: in half precision, rounding flips the choice of expert. None for gates that
+            learn nothing.
         num_experts: E.
+
+    Attributes:
+        balancer: State that keeps the load even and is updated once an optimizer step, or None.
+        needs_hidden: Whether :meth:`weigh` needs the experts' hidden states beside their outputs.
     """
 
-    def __init__(self, network: nn.Module, num_experts: int) -> None:
+    balancer: Balancer | None
+    needs_hidden = False
+
+    def __init__(self, network: nn.Module | None, num_experts: int) -> None:
         super().__init__()
         self.network = network
         self.num_experts = num_experts
+        self.balancer = None
 
     def logits(self, x_T: Tensor) -> Tensor:
-        """(T, E) float32 logits of tokens (T, ...)."""
+        """(T, :attr:`num_outputs`) outputs of the network for tokens (T, ...), float32 or wider.
+
+        Raises:
+            ValueError: The network gives another shape.
+        """
+        assert self.network is not None, "this gate has no network"
         with torch.autocast(x_T.device.type, enabled=False):
-            logits_TE: Tensor = self.network(at_least_float32(x_T))
-        if logits_TE.shape != (len(x_T), self.num_experts):
-            raise ValueError(f"the gate's network gives {tuple(logits_TE.shape)}, not ({len(x_T)}, {self.num_experts})")
-        return logits_TE
+            logits: Tensor = self.network(at_least_float32(x_T))
+        if logits.shape != (len(x_T), self.num_outputs):
+            raise ValueError(f"the gate's network gives {tuple(logits.shape)}, not ({len(x_T)}, {self.num_outputs})")
+        return logits
+
+    @property
+    def num_outputs(self) -> int:
+        """Columns that the network must give: E, unless the gate says otherwise."""
+        return self.num_experts
 
     @abstractmethod
     def route(self, x_T: Tensor, context: Context) -> Routing:
@@ -45,5 +65,18 @@ class Gate(nn.Module, ABC):
 
     @property
     def experts_per_row(self) -> float:
-        """Experts that work on one token (on average): what counts as active in parameters and FLOPs."""
+        """Experts that work on one token, on average: their parameters count as active."""
         return float(self.num_experts)
+
+
+def token_counters(context: Context, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(T,) sample id and (T,) position within its sample of each token, on ``device``: the counters of its noise."""
+    rows = context.rows_per_sample
+    samples_B = context.sample_ids.to(device)
+    return samples_B.repeat_interleave(rows), torch.arange(rows, device=device).repeat(len(samples_B))
+
+
+def every_expert(num_rows: int, num_experts: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(A,) row and (A,) expert ids of the T x E assignments of a dense gate, row by row."""
+    rows = torch.arange(num_rows, device=device).repeat_interleave(num_experts)
+    return rows, torch.arange(num_experts, device=device).repeat(num_rows)

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from distmoe.models.protocol import Model
-from distmoe.moe.losses import Reducer
+from distmoe.moe.sums import Reducer
 
 BuildOptimizer = Callable[[nn.Module], Optimizer]
 BuildSchedule = Callable[[Optimizer, int], LRScheduler]

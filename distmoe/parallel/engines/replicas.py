@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from distmoe.config import RunConfig
 from distmoe.models.protocol import Model
-from distmoe.moe.losses import no_reduction
+from distmoe.moe.sums import no_reduction
 from distmoe.parallel.engines.protocol import BuildOptimizer, BuildSchedule, ParameterState
 from distmoe.parallel.runtime import without_launcher_variables
 

@@ -292,14 +292,24 @@ MESSAGES = [
     ),
     ("data.augment.flop=none", "data.augment.flop: unknown key; did you mean flip?"),
     ("optim.betas=[0.1, 0.2]", "optim.betas: unknown key; known keys here: lr, weight_decay, name, momentum, nesterov"),
-    ("moe.k=2", "moe.k: unknown key; known keys here: num_experts, gate, loss_weights"),
+    (
+        "moe.k=2",
+        "moe.k: unknown key; known keys here: num_experts, gate, shared_hidden, objective, loss_weights, similarity",
+    ),
     ("optim.lr=0", "optim.lr (0): must be greater than 0"),
     ("optim.lr=.nan", "optim.lr (nan): must be a finite number"),
     ("optim.lr=null", "optim.lr (None): must be a valid number"),
     ("optim.name=lion", "optim.name ('lion'): must be one of 'sgd', 'adamw'"),
     ("optim={lr: 1}", "optim.name: must be given, one of 'sgd', 'adamw'"),
-    ("moe.gate={k: 1}", "moe.gate.name: must be given, one of 'dense', 'topk'"),
-    ("moe=3", "moe (3): must be a section with fields: num_experts, gate, loss_weights"),
+    (
+        "moe.gate={k: 1}",
+        "moe.gate.name: must be given, one of 'dense', 'topk', 'noisy_topk', 'switch', 'cosine', 'sigmoid', "
+        "'expert_choice', 'soft', 'attentive', 'hash', 'uniform'",
+    ),
+    (
+        "moe=3",
+        "moe (3): must be a section with fields: num_experts, gate, shared_hidden, objective, loss_weights, similarity",
+    ),
     ("schedule=[]", "schedule ([]): must be a section with fields: name, warmup_share, final_share"),
     ("data.augment.flip=left", "data.augment.flip ('left'): must be 'none', 'random' or 'alternating'"),
     ("data.root=''", "data.root (''): must have at least 1 character"),
@@ -312,6 +322,14 @@ MESSAGES = [
     ("data.drop_last=1", "data.drop_last (1): must be a valid boolean"),
     ("data.batch_size=10", "data.batch_size (10) must be divisible by train.accumulation (4)"),
     ("moe.gate={name: topk, k: 9}", "moe.gate.k (9) must be at most moe.num_experts (8)"),
+    (
+        "moe.loss_weights.load=0.1",
+        "moe.loss_weights.load (0.1) needs moe.gate.name=noisy_topk: no other gate estimates it",
+    ),
+    (
+        "moe={gate: {name: hash}, loss_weights: {z: 0.1}}",
+        "moe.loss_weights must be 0 for moe.gate.name=hash, a gate that learns nothing",
+    ),
     ("model={name: convnet, ffn_stages: [1, 1]}", "model.ffn_stages [1, 1] must be different stages of 1..3"),
 ]
 

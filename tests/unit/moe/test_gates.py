@@ -1,5 +1,5 @@
-import math
-from collections.abc import Callable
+"""What all gates promise, each checked in all its forms; what a single gate computes is in the file of its name."""
+
 from dataclasses import replace
 
 import pytest
@@ -7,304 +7,302 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
 
-from distmoe.config import DenseGateSection, TopKGateSection
 from distmoe.contracts import Context
 from distmoe.moe.gates import GATES, build_gate
-from distmoe.moe.gates.base import Gate
-from distmoe.moe.gates.dense import DenseGate
-from distmoe.moe.gates.topk import TopKGate
+from distmoe.moe.gates.base import Gate, token_counters
+from distmoe.moe.layer import MoELayer
 from distmoe.moe.routing import Routing
-from tests.oracles import kept_under_capacity, top_k_choices
+from tests.oracles import mlp_experts, sigmoid, softmax
+from tests.unit.moe.gate_forms import (
+    ALL_FORMS,
+    FORMS,
+    FORMS_ALONE,
+    FORMS_WITH_NETWORK,
+    HIDDEN,
+    NUM_EXPERTS,
+    SECTIONS,
+    TRAINED_FORMS,
+    WIDTH,
+    Form,
+    context,
+    forms_that,
+    pairs,
+    tokens,
+)
 
-NUM_EXPERTS = 5
-WIDTH = 3
-
-# Every gate in the forms that differ; a gate that is missing here fails the first test.
-FORMS: dict[str, list[Callable[[nn.Module], Gate]]] = {
-    "dense": [lambda network: DenseGate(network, NUM_EXPERTS)],
-    "topk": [
-        lambda network: TopKGate(network, NUM_EXPERTS, k=1, renormalize=False),
-        lambda network: TopKGate(network, NUM_EXPERTS, k=2),
-        lambda network: TopKGate(network, NUM_EXPERTS, k=NUM_EXPERTS, renormalize=False),
-    ],
-}
-ALL_FORMS = [
-    pytest.param(form, id=f"{name}-{number}") for name, forms in FORMS.items() for number, form in enumerate(forms)
-]
-
-
-class Given(nn.Module):
-    """A gate network whose logits are the tokens themselves."""
-
-    def forward(self, x_TE: torch.Tensor) -> torch.Tensor:
-        return x_TE
+SAMPLES, ROWS = 4, 3  # four samples of three tokens
 
 
-def context(num_rows: int = 0, rows_per_sample: int = 1) -> Context:
-    samples = torch.arange(math.ceil(num_rows / rows_per_sample))
-    return Context(seed=0, step=0, sample_ids=samples, training=True, rows_per_sample=rows_per_sample)
+def samples(form: Form, *ids: int, **other) -> Context:
+    """The context in training where the form can be trained."""
+    given_ids = torch.tensor(ids or range(SAMPLES))
+    return Context(seed=0, step=0, sample_ids=given_ids, training=form.trained, **other)
 
 
-def network(seed: int = 0) -> nn.Linear:
-    torch.manual_seed(seed)
-    return nn.Linear(WIDTH, NUM_EXPERTS)
+def through(layer: MoELayer, x: torch.Tensor, of: Context) -> tuple[torch.Tensor, Routing]:
+    with torch.no_grad():
+        return layer(x, of)
 
 
-def tokens(num_rows: int = 12) -> torch.Tensor:
-    return torch.randn(num_rows, WIDTH, generator=torch.Generator().manual_seed(1))
-
-
-def triples(routing: Routing) -> list[tuple[int, int, float]]:
-    assert routing.weights_A is not None
-    return list(zip(routing.row_ids_A.tolist(), routing.expert_ids_A.tolist(), routing.weights_A.tolist(), strict=True))
+def assert_same_bits(one: tuple[torch.Tensor, Routing], other: tuple[torch.Tensor, Routing]) -> None:
+    assert torch.equal(one[0], other[0])
+    for name in ("row_ids_A", "expert_ids_A", "weights_A", "logits_TE", "probs_TE", "load_TE"):
+        left, right = getattr(one[1], name), getattr(other[1], name)
+        assert (left is None and right is None) or torch.equal(left, right), name
 
 
 def test_the_contract_is_checked_for_every_gate():
-    assert FORMS.keys() == GATES.keys()
+    assert {form.name for form in FORMS.values()} == GATES.keys()
 
 
 @pytest.mark.parametrize("form", ALL_FORMS)
-def test_ids_are_in_range_and_every_token_has_as_many_different_experts_as_the_gate_says(form):
-    gate = form(network())
-    routing = gate.route(tokens(), context(12))
-    assert set(routing.row_ids_A.tolist()) == set(range(12))
-    for row in range(12):
-        experts = [expert for one, expert, _ in triples(routing) if one == row]
-        assert len(set(experts)) == len(experts) == gate.experts_per_row
-        assert set(experts) <= set(range(NUM_EXPERTS))
-    assert routing.assignments_per_row == gate.experts_per_row
+def test_assignments_are_in_range_and_no_row_goes_to_an_expert_twice(form):
+    _, routing = through(form.layer(), tokens(SAMPLES, ROWS, WIDTH), samples(form))
+    assert len(set(pairs(routing))) == len(pairs(routing)) > 0
+    assert set(routing.row_ids_A.tolist()) <= set(range(routing.num_rows))
+    assert set(routing.expert_ids_A.tolist()) <= set(range(NUM_EXPERTS))
     assert routing.rows_per_expert().tolist() == [routing.expert_ids_A.tolist().count(e) for e in range(NUM_EXPERTS)]
+    assert routing.weights_A.shape == routing.row_ids_A.shape
+    # An attentive gate asks all experts, also those that then weigh nothing.
+    assert float(routing.weights_A.min()) > 0 or (form.name, form.trained) == ("attentive", False)
+    assert routing.rows_per_sample == ROWS
 
 
 @pytest.mark.parametrize("form", ALL_FORMS)
-def test_logits_and_probabilities_are_those_of_the_network(form):
-    net = network().requires_grad_(False)
-    routing = form(net).route(tokens(), context(12))
-    for row, token in enumerate(tokens()):
-        logits = [float(token @ net.weight[e] + net.bias[e]) for e in range(NUM_EXPERTS)]
-        total = sum(math.exp(one) for one in logits)
-        assert routing.logits_TE[row].tolist() == pytest.approx(logits, abs=1e-5)  # float32
-        assert routing.probs_TE[row].tolist() == pytest.approx([math.exp(one) / total for one in logits], abs=1e-6)
+def test_probabilities_are_a_distribution_over_experts(form):
+    _, routing = through(form.layer(), tokens(SAMPLES, ROWS, WIDTH), samples(form))
+    assert routing.probs_TE.shape == (SAMPLES * ROWS, NUM_EXPERTS)
+    assert float(routing.probs_TE.min()) >= 0
+    torch.testing.assert_close(routing.probs_TE.sum(1), torch.ones(SAMPLES * ROWS), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("form", FORMS_WITH_NETWORK)
+def test_probabilities_are_the_softmax_of_the_logits_or_the_share_of_the_sigmoids(form):
+    _, routing = through(form.layer(), tokens(SAMPLES, ROWS, WIDTH), samples(form))
+    for logits, probs in zip(routing.logits_TE.tolist(), routing.probs_TE.tolist(), strict=True):
+        scores = [sigmoid(one) for one in logits]
+        expected = [one / sum(scores) for one in scores] if form.name == "sigmoid" else softmax(logits)
+        assert probs == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("form", forms_that(lambda form: form.name not in ("expert_choice", "soft")))
+def test_a_token_has_as_many_experts_as_the_gate_says(form):
+    layer = form.layer()
+    if "capacity_factor" in form.settings:
+        layer.gate.capacity_factor = None
+    _, routing = through(layer, tokens(SAMPLES, ROWS, WIDTH), samples(form))
+    rows = routing.row_ids_A.tolist()
+    assert [rows.count(row) for row in range(SAMPLES * ROWS)] == [layer.gate.experts_per_row] * (SAMPLES * ROWS)
+    assert routing.assignments_per_row == layer.gate.experts_per_row
+
+
+@pytest.mark.parametrize("form", FORMS_ALONE)
+def test_permuted_samples_give_permuted_outputs_noise_included(form):
+    layer, x, order = form.layer(), tokens(SAMPLES, ROWS, WIDTH), [2, 0, 3, 1]
+    y, _ = through(layer, x, samples(form))
+    permuted, _ = through(layer, x[order], samples(form, *order))
+    # The same arithmetic in another place of a matrix product.
+    torch.testing.assert_close(permuted, y[order], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS_ALONE)
+def test_a_sample_gets_the_same_alone_as_among_others(form):
+    layer, x = form.layer(), tokens(SAMPLES, ROWS, WIDTH)
+    y, _ = through(layer, x, samples(form))
+    for sample in range(SAMPLES):
+        alone, _ = through(layer, x[sample : sample + 1], samples(form, sample))
+        torch.testing.assert_close(alone[0], y[sample], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", forms_that(lambda form: not form.alone))
+def test_a_group_of_several_samples_couples_them(form):
+    layer, x = form.layer(), tokens(SAMPLES, ROWS, WIDTH)
+    y, _ = through(layer, x, samples(form))
+    alone = [through(layer, x[i : i + 1], samples(form, i))[0][0] for i in range(SAMPLES)]
+    assert not torch.allclose(torch.stack(alone), y, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("form", ALL_FORMS)
-def test_permuted_tokens_give_permuted_assignments(form):
-    gate = form(network())
-    order = [3, 1, 11, 0, 7, 2, 10, 4, 5, 9, 8, 6]
-    straight = triples(gate.route(tokens(), context(12)))
-    permuted = triples(gate.route(tokens()[order], context(12)))
-    # A row's arithmetic is the same wherever it stands, up to the blocking of the matrix product.
-    back = sorted((order[row], expert, weight) for row, expert, weight in permuted)
-    for (row, expert, weight), (row_2, expert_2, weight_2) in zip(sorted(straight), back, strict=True):
-        assert (row, expert) == (row_2, expert_2)
-        assert weight == pytest.approx(weight_2, rel=1e-5)
+def test_no_sample_gives_no_assignment_and_gradients_of_zero(form):
+    layer = form.layer()
+    x = torch.zeros(0, ROWS, WIDTH, requires_grad=True)
+    y, routing = layer(x, replace(samples(form), sample_ids=torch.zeros(0, dtype=torch.long)))
+    assert (y.shape, routing.num_rows, pairs(routing), routing.num_dropped) == (x.shape, 0, [], 0)
+    assert routing.demand_per_expert().tolist() == [0] * NUM_EXPERTS
+    y.sum().backward()
+    experts = layer.experts.parameters()
+    assert [float(parameter.grad.abs().sum()) for parameter in experts] == [0.0] * 4
 
 
 @pytest.mark.parametrize("form", ALL_FORMS)
-def test_the_weights_give_the_gate_a_gradient(form):
-    net = network()
-    routing = form(net).route(tokens(), context(12))
-    # Weights of their own, as outputs of different experts would be: a plain sum of probabilities is constant.
-    (routing.weights_A * torch.arange(1.0, 1.0 + len(routing.weights_A))).sum().backward()
-    assert float(net.weight.grad.abs().max()) > 1e-3
+def test_one_token_is_routed_like_any_other(form):
+    layer, x = form.layer(), tokens(SAMPLES, 1, WIDTH)
+    y, _ = through(layer, x, samples(form))
+    alone, routing = through(layer, x[1:2], samples(form, 1))
+    if form.alone:
+        torch.testing.assert_close(alone[0], y[1], rtol=1e-5, atol=1e-6)
+    # The only token of its group is always served: a capacity is at least 1.
+    assert set(routing.row_ids_A.tolist()) == set(range(routing.num_rows))
 
 
 @pytest.mark.parametrize("form", ALL_FORMS)
-def test_logits_are_float32_under_autocast_and_equal_to_those_without(form):
-    gate = form(network())
-    plain = gate.route(tokens(), context(12))
+def test_the_layout_of_the_input_in_memory_does_not_matter(form):
+    layer = form.layer()
+    x = tokens(SAMPLES, ROWS, WIDTH)
+    strided = tokens(WIDTH, ROWS, SAMPLES, 2)
+    strided[..., 0] = x.permute(2, 1, 0)
+    strided = strided[..., 0].permute(2, 1, 0)
+    assert not strided.is_contiguous()
+    assert_same_bits(through(layer, strided, samples(form)), through(layer, x, samples(form)))
+
+
+@torch.no_grad()
+def routed(gate: Gate, x: torch.Tensor, of: Context) -> Routing:
+    """Of the gate alone, which asks for hidden states where it needs them."""
+    routing = gate.route(x.flatten(0, 1), replace(of, rows_per_sample=ROWS))
+    answers = tokens(SAMPLES * ROWS * NUM_EXPERTS, HIDDEN).to(x.dtype)
+    return gate.weigh(routing, (answers, answers)) if gate.needs_hidden else routing
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", ALL_FORMS)
+def test_the_gate_works_in_float32_on_half_precision_tokens(form, dtype):
+    gate, half = form.layer().gate, tokens(SAMPLES, ROWS, WIDTH).to(dtype)
+    routing = routed(gate, half, samples(form))
+    assert routing.weights_A.dtype == routing.probs_TE.dtype == torch.float32
+    if not gate.needs_hidden:
+        assert_same_bits((half, routing), (half, routed(gate, half.float(), samples(form))))
+
+
+@pytest.mark.parametrize("form", ALL_FORMS)
+def test_autocast_does_not_reach_the_gate(form):
+    layer, x = form.layer(), tokens(SAMPLES, ROWS, WIDTH)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        routing = gate.route(tokens(), context(12))
-        from_half = gate.route(tokens().bfloat16(), context(12))
-    assert torch.equal(routing.logits_TE, plain.logits_TE)
-    assert torch.equal(routing.weights_A, plain.weights_A)
-    assert from_half.logits_TE.dtype == torch.float32
-    expected = gate.route(tokens().bfloat16().float(), context(12))
-    assert torch.equal(from_half.logits_TE, expected.logits_TE)
+        routing = routed(layer.gate, x, samples(form))
+        y, _ = through(layer, x, samples(form))
+    assert_same_bits((x, routing), (x, routed(layer.gate, x, samples(form))))
+    # bfloat16 keeps 8 bits: the experts' products of a few terms of size about 1 are off by a few times 2^-8.
+    torch.testing.assert_close(y, through(layer, x, samples(form))[0], rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("form", ALL_FORMS)
 def test_a_float64_gate_computes_in_float64(form):
-    net = network().double().requires_grad_(False)
-    x = tokens().double() + 1e-12
-    routing = form(net).route(x, context(12))
-    assert torch.equal(routing.logits_TE, net(x))
+    layer, x = form.layer(), tokens(SAMPLES, ROWS, WIDTH, dtype=torch.float64)
+    y, routing = through(layer.double(), x, samples(form))
+    assert routing.weights_A.dtype == routing.probs_TE.dtype == torch.float64
+    rounded, _ = through(layer.float(), x.float(), samples(form))
+    # Equal to float32 rounding, and not to less: the double-precision result did not pass through float32.
+    torch.testing.assert_close(y, rounded.double(), rtol=1e-4, atol=1e-5)
+    assert not torch.equal(y, y.float().double())
 
 
 @pytest.mark.parametrize("form", ALL_FORMS)
-def test_evaluation_is_deterministic_and_does_not_touch_torchs_generator(form):
-    gate = form(network()).eval()
+def test_evaluation_has_the_same_bits_for_every_seed_and_step_and_leaves_torchs_generator_alone(form):
+    layer, x = form.layer(), tokens(SAMPLES, ROWS, WIDTH)
+    of = replace(samples(form), training=False)
     state = torch.get_rng_state()
-    first = triples(gate.route(tokens(), context(12)))
-    assert triples(gate.route(tokens(), context(12))) == first
+    first = through(layer, x, of)
+    assert_same_bits(through(layer, x, replace(of, seed=7, step=3)), first)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("form", ALL_FORMS)
-def test_no_token_gives_no_assignment(form):
-    routing = form(network()).route(tokens(0), context(0))
-    assert triples(routing) == []
-    assert routing.rows_per_expert().tolist() == [0] * NUM_EXPERTS
+@pytest.mark.parametrize("form", TRAINED_FORMS)
+def test_noise_is_keyed_by_seed_step_and_path_in_the_gates_that_draw_and_leaves_torchs_generator_alone(form):
+    layer, x = form.layer(), tokens(SAMPLES, ROWS, WIDTH)
+    state = torch.get_rng_state()
+    first, routing = through(layer, x, samples(form))
+    assert_same_bits(through(layer, x, samples(form)), (first, routing))
+    others = [replace(samples(form), **change) for change in ({"seed": 1}, {"step": 1}, {"path": "block.2"})]
+    same = [torch.equal(through(layer, x, other)[0], first) for other in others]
+    draws = form.name == "noisy_topk" or form.settings.get("jitter", 0.01 if form.name == "switch" else 0.0) > 0
+    # A hash depends on the layer alone.
+    assert same == ([False] * 3 if draws else [True, True, form.name != "hash"])
+    assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("form", ALL_FORMS)
+@pytest.mark.parametrize("form", TRAINED_FORMS)
+def test_every_parameter_of_the_gate_has_a_gradient(form):
+    layer = form.layer()
+    y, _ = layer(tokens(SAMPLES, ROWS, WIDTH), samples(form))
+    (y * tokens(SAMPLES, ROWS, WIDTH, seed=2)).sum().backward()
+    learnt = {name: float(parameter.grad.abs().max()) for name, parameter in layer.gate.named_parameters()}
+    assert {name for name, size in learnt.items() if size < 1e-4} == set()
+    assert bool(learnt) == (form.name not in ("hash", "uniform"))
+
+
+@pytest.mark.parametrize("form", FORMS_WITH_NETWORK)
 def test_a_network_of_another_width_is_refused(form):
-    with pytest.raises(ValueError, match=r"gives \(12, 2\), not \(12, 5\)"):
-        form(nn.Linear(WIDTH, 2)).route(tokens(), context(12))
+    gate = form.gate()
+    gate.network = nn.Linear(WIDTH, 7)
+    with pytest.raises(ValueError, match=rf"gives \(12, 7\), not \(12, {gate.num_outputs}\)"):
+        gate.route(tokens(12, WIDTH), context(12, training=form.trained))
 
 
-def test_dense_assigns_all_experts_row_by_row_with_the_softmax():
-    # Odds 1 : 3 and 1 : 1.
-    routing = DenseGate(Given(), 2).route(torch.tensor([[0.0, math.log(3.0)], [5.0, 5.0]]), context(2))
-    rows, experts, weights = zip(*triples(routing), strict=True)
-    assert (rows, experts) == ((0, 0, 1, 1), (0, 1, 0, 1))
-    assert weights == pytest.approx((0.25, 0.75, 0.5, 0.5))
+SINGLE = {"topk": {"k": 1}, "noisy_topk": {"k": 1}, "cosine": {"k": 1}, "sigmoid": {"k": 1, "scale": 2.0}}
 
 
-LOG_ODDS = torch.tensor([[1.0, 5.0, 2.0, 2.0], [4.0, 1.0, 3.0, 2.0]]).log()  # sums of odds: 10 and 10
-
-
-def test_top_k_weights_are_the_probabilities_of_the_chosen():
-    routing = TopKGate(Given(), 4, k=2, renormalize=False).route(LOG_ODDS, context(2))
-    rows, experts, weights = zip(*triples(routing), strict=True)
-    assert (rows, experts) == ((0, 0, 1, 1), (1, 2, 0, 2))
-    assert weights == pytest.approx((0.5, 0.2, 0.4, 0.3))
-
-
-def test_renormalised_top_k_weights_add_up_to_one():
-    routing = TopKGate(Given(), 4, k=2).route(LOG_ODDS, context(2))
-    assert [weight for *_, weight in triples(routing)] == pytest.approx([5 / 7, 2 / 7, 4 / 7, 3 / 7])
-
-
-def test_ties_go_to_the_lower_expert_id():
-    routing = TopKGate(Given(), 4, k=2).route(torch.tensor([[1.0, 1, 1, 1], [0, 2, 1, 1], [0, 0, 2, 0]]), context(3))
-    assert routing.expert_ids_A.tolist() == [0, 1, 1, 2, 2, 0]
-
-
-def test_ties_go_to_the_lower_expert_id_among_many_experts():
-    # Beyond 16 entries a sort that is not stable reorders equals.
-    routing = TopKGate(Given(), 64, k=3).route(torch.zeros(5, 64), context(5))
-    assert routing.expert_ids_A.tolist() == [0, 1, 2] * 5
-
-
-def preferring(*choices: tuple[int, int]) -> torch.Tensor:
-    """Logits of three experts with these first and second choices."""
-    logits = torch.zeros(len(choices), 3)
-    for row, (first, second) in enumerate(choices):
-        logits[row, first], logits[row, second] = 2.0, 1.0
-    return logits
-
-
-# Two images of three tokens. Capacity is ceil(1.0 * 2 * 3 / 3) = 2 in a group of one image.
-TWO_IMAGES = preferring((0, 1), (1, 0), (0, 1), (2, 0), (2, 1), (2, 0))
-
-
-def kept(routing: Routing) -> list[tuple[int, int]]:
-    return [(row, expert) for row, expert, _ in triples(routing)]
-
-
-def test_first_choices_come_before_second_choices_in_each_image():
-    gate = TopKGate(Given(), 3, k=2, capacity_factor=1.0, group="image")
-    routing = gate.route(TWO_IMAGES, context(6, rows_per_sample=3))
-    # Image 1: expert 0 takes the first choices of rows 0 and 2 and is full, so row 1's second choice, which comes
-    # earlier in row order, is dropped. Expert 1 takes row 1's first choice, then row 0's second; row 2's is dropped.
-    # Image 2: expert 2 is full after rows 3 and 4 and drops row 5's first choice. Second choices: row 3 and row 5
-    # fill expert 0, row 4 goes to expert 1.
-    assert kept(routing) == [(0, 0), (0, 1), (1, 1), (2, 0), (3, 2), (3, 0), (4, 2), (4, 1), (5, 0)]
-    assert routing.num_dropped == 3
-    # What stays keeps its weight: e^2 / (e^2 + e^1) and e^1 / (e^2 + e^1).
-    first, second = math.e / (math.e + 1), 1 / (math.e + 1)
-    expected = [first, second, first, first, first, second, first, second, second]
-    assert [weight for *_, weight in triples(routing)] == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("group", ["batch", 2])
-def test_a_group_of_both_images_shares_its_capacity(group):
-    gate = TopKGate(Given(), 3, k=2, capacity_factor=1.0, group=group)
-    routing = gate.route(TWO_IMAGES, context(6, rows_per_sample=3))
-    # Capacity ceil(1.0 * 2 * 6 / 3) = 4. First choices: expert 0 has rows 0 2, expert 1 row 1, expert 2 rows 3 4 5.
-    # Second choices: expert 0 takes rows 1 3 and is full before row 5; expert 1 takes rows 0 2 4.
-    assert kept(routing) == [
-        (0, 0), (0, 1), (1, 1), (1, 0), (2, 0), (2, 1), (3, 2), (3, 0), (4, 2), (4, 1), (5, 2),
-    ]  # fmt: skip
-    assert routing.num_dropped == 1
-
-
-def test_a_last_group_with_fewer_images_has_less_capacity():
-    gate = TopKGate(Given(), 2, k=1, renormalize=False, capacity_factor=1.0, group=2)
-    logits = torch.tensor([[1.0, 0.0]] * 6)
-    # Three images of two tokens in groups of two images: 4 rows with capacity 2, then 2 rows with capacity 1.
-    assert kept(gate.route(logits, context(6, rows_per_sample=2))) == [(0, 0), (1, 0), (4, 0)]
-
-
-def test_nothing_is_dropped_where_capacity_suffices():
-    gate = TopKGate(Given(), 3, k=2, capacity_factor=3.0)
-    plain = TopKGate(Given(), 3, k=2)
-    roomy = gate.route(TWO_IMAGES, context(6, rows_per_sample=3))
-    assert triples(roomy) == triples(plain.route(TWO_IMAGES, context(6, rows_per_sample=3)))
-    assert roomy.num_dropped == 0
+@pytest.mark.parametrize("name", sorted(GATES))
+def test_a_single_expert_does_all_the_work(name):
+    # Evaluation: with k=1 and renormalised weights there is nothing to train.
+    form = Form(name, SINGLE.get(name, {"capacity_factor": 1.0} if name == "expert_choice" else {}), trained=False)
+    layer, x = form.layer(num_experts=1), tokens(SAMPLES, ROWS, WIDTH)
+    y, routing = through(layer, x, samples(form))
+    assert set(routing.expert_ids_A.tolist()) == {0}
+    seen = x
+    if name == "soft":  # one slot an image, which all its tokens get
+        weights = routing.logits_TE.view(SAMPLES, ROWS, 1).softmax(1)
+        seen = (weights * x).sum(1, keepdim=True).expand_as(x)
+    expert = mlp_experts(layer.experts.w1, layer.experts.b1, layer.experts.w2, layer.experts.b2, F.gelu)[0]
+    torch.testing.assert_close(y, (2.0 if name == "sigmoid" else 1.0) * expert(seen), rtol=1e-5, atol=1e-6)
 
 
 @given(
-    num_samples=st.integers(0, 4),
-    rows_per_sample=st.integers(1, 4),
-    num_experts=st.integers(1, 6),
-    k=st.integers(1, 6),
-    capacity_factor=st.sampled_from(["0.3", "0.5", "1", "1.1", "1.25", "2"]),
-    group=st.sampled_from(["image", "batch", 1, 2, 3]),
+    name=st.sampled_from(sorted(FORMS)),
+    num_samples=st.integers(0, 5),
+    rows=st.integers(1, 6),
+    num_experts=st.integers(NUM_EXPERTS, 9),
     seed=st.integers(0, 99),
 )
 @settings(deadline=None, max_examples=60, derandomize=True)
-def test_top_k_and_capacity_equal_the_loop(num_samples, rows_per_sample, num_experts, k, capacity_factor, group, seed):
-    k = min(k, num_experts)
-    num_rows = num_samples * rows_per_sample
-    # Whole numbers: ties are common.
-    logits = torch.randint(0, 3, (num_rows, num_experts), generator=torch.Generator().manual_seed(seed)).float()
-    gate = TopKGate(Given(), num_experts, k, renormalize=False, capacity_factor=float(capacity_factor), group=group)
-    routing = gate.route(logits, context(num_rows, rows_per_sample))
-    choices = top_k_choices(logits.tolist(), k)
-    group_rows = max(num_rows, 1) if group == "batch" else rows_per_sample * (1 if group == "image" else group)
-    expected = kept_under_capacity(choices, num_experts, group_rows, capacity_factor)
-    assert kept(routing) == [(row, expert) for row, _, expert in expected]
-    assert routing.num_dropped == num_rows * k - len(expected)
-    assert routing.weights_A.tolist() == pytest.approx(
-        [float(logits[row].double().softmax(-1)[expert]) for row, _, expert in expected], abs=1e-6
-    )
+def test_any_shape_gives_finite_outputs_and_demands_that_add_up(name, num_samples, rows, num_experts, seed):
+    form = FORMS[name]
+    layer = form.layer(num_experts, seed=seed)
+    x = tokens(num_samples, rows, WIDTH, seed=seed)
+    y, routing = through(layer, x, replace(samples(form), sample_ids=torch.arange(num_samples)))
+    assert y.shape == x.shape
+    assert bool(y.isfinite().all())
+    assert len(set(pairs(routing))) == len(pairs(routing))
+    wanted, got = routing.demand_per_expert(), routing.rows_per_expert()
+    assert bool((wanted >= got).all())
+    assert routing.num_dropped == int((wanted - got).sum())
+    if routing.wanted_E is not None:
+        assert int(wanted.sum()) == num_samples * rows * layer.gate.experts_per_row
 
 
-@pytest.mark.parametrize("num_experts", range(1, 33))
-def test_capacity_is_not_rounded_up_by_a_rounding_error(num_experts):
-    # All tokens want expert 0, so it keeps exactly its capacity. Exact products must not get one row more.
-    for capacity_factor in ("0.7", "1", "1.1", "1.2", "1.25"):
-        for num_rows in range(num_experts, 4 * num_experts + 1, num_experts):
-            gate = TopKGate(
-                Given(), num_experts, 1, renormalize=False, capacity_factor=float(capacity_factor), group="batch"
-            )
-            logits = torch.zeros(num_rows, num_experts)
-            expected = kept_under_capacity([[0]] * num_rows, num_experts, num_rows, capacity_factor)
-            assert kept(gate.route(logits, context(num_rows))) == [(row, 0) for row, *_ in expected]
+def test_counters_are_the_sample_and_the_position_in_it():
+    ids, positions = token_counters(Context(0, 0, torch.tensor([7, 3]), True, rows_per_sample=3), torch.device("cpu"))
+    assert ids.tolist() == [7, 7, 7, 3, 3, 3]
+    assert positions.tolist() == [0, 1, 2, 0, 1, 2]
+    # Ids that a loader has left on another device than the tokens come along.
+    ids, positions = token_counters(Context(0, 0, torch.tensor([7, 3]), True), torch.device("meta"))
+    assert (ids.device.type, positions.device.type) == ("meta", "meta")
 
 
-@pytest.mark.parametrize("k", [0, 5])
-def test_k_out_of_range_is_refused(k):
-    with pytest.raises(ValueError, match=rf"k \({k}\) must be between 1 and the number of experts \(4\)"):
-        TopKGate(Given(), 4, k=k)
-
-
-def test_one_renormalised_expert_is_for_evaluation_only():
-    gate = TopKGate(Given(), 4, k=1, renormalize=True)
-    with pytest.raises(ValueError, match="renormalize=False"):
-        gate.route(LOG_ODDS, replace(context(2), training=True))
-    routing = gate.route(LOG_ODDS, replace(context(2), training=False))
-    assert routing.weights_A is not None
-    assert routing.weights_A.tolist() == [1.0, 1.0]  # p / p: fewer experts of a model trained with a larger k
-
-
-def test_gates_are_built_as_their_section_says():
-    section = TopKGateSection(k=3, renormalize=False, capacity_factor=1.5, group=4)
-    gate = build_gate(section, Given(), 6)
-    assert isinstance(gate, TopKGate)
-    assert (gate.num_experts, gate.k, gate.renormalize, gate.capacity_factor, gate.group) == (6, 3, False, 1.5, 4)
-    assert gate.experts_per_row == 3.0
-    assert build_gate(DenseGateSection(), Given(), 6).experts_per_row == 6.0
+@pytest.mark.parametrize("form", ALL_FORMS)
+def test_gates_are_built_as_their_section_says(form):
+    section = SECTIONS.validate_python({"name": form.name, **form.settings})
+    gate = build_gate(section, NUM_EXPERTS, lambda num_outputs: nn.Linear(WIDTH, num_outputs), hidden=6)
+    assert type(gate) is GATES[form.name]
+    assert gate.num_experts == NUM_EXPERTS
+    for name, value in section.model_dump(exclude={"name", "network"}).items():
+        if name in ("bias_rate", "margin"):
+            assert value is None or value in vars(gate.balancer).values()
+        elif name == "temperature":
+            assert gate.head.temperature == value
+        elif name != "constraint_steps" and not (form.name == "dense" and name == "k"):
+            assert getattr(gate, name) == value, name
+    if form.name not in ("hash", "uniform"):
+        assert gate.network.out_features == gate.num_outputs
+        assert gate.network in set(gate.modules())  # a network given after construction is a part like any other

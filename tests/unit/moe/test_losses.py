@@ -1,40 +1,25 @@
+import dataclasses
 import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn import functional as F
 
-from distmoe.moe.losses import (
-    LOSSES,
-    add_sums,
-    auxiliary_losses,
-    classification_losses,
-    mixture_log_probs,
-    negative_log_likelihood,
-)
+from distmoe.config import LossWeights, MoESection
+from distmoe.contracts import Context
+from distmoe.moe.gates.noisy import NoisyTopKGate
+from distmoe.moe.losses import LOSSES, AdditiveLoss, auxiliary_losses, build_losses
 from distmoe.moe.routing import Routing
+from distmoe.moe.sums import Sums, add_sums
+from tests.unit.moe.handmade import on_every_rank, routing
 
-
-def routing(probs: list[list[float]] | torch.Tensor, experts: list[list[int]], logits=None) -> Routing:
-    """Row t goes to the experts experts[t]; logits are log probabilities unless given."""
-    probs_TE = torch.as_tensor(probs)
-    row_ids = [row for row, chosen in enumerate(experts) for _ in chosen]
-    expert_ids = [expert for chosen in experts for expert in chosen]
-    return Routing(
-        num_rows=len(experts),
-        num_experts=probs_TE.shape[-1],
-        row_ids_A=torch.tensor(row_ids, dtype=torch.long),
-        expert_ids_A=torch.tensor(expert_ids, dtype=torch.long),
-        weights_A=torch.ones(len(row_ids)),
-        logits_TE=probs_TE.log() if logits is None else torch.as_tensor(logits),
-        probs_TE=probs_TE,
-    )
+SECTION = MoESection()
+ADDITIVE = sorted(name for name, build in LOSSES.items() if isinstance(build(SECTION), AdditiveLoss))
 
 
 def value(name: str, one: Routing) -> float:
-    return float(LOSSES[name].loss(LOSSES[name].sums(one)))
+    return float(LOSSES[name](SECTION).value(one, torch.zeros(one.num_rows, 2)))
 
 
 EVEN = [[0.25] * 4] * 8
@@ -42,18 +27,20 @@ COLLAPSED = [[1.0, 0.0, 0.0, 0.0]] * 8
 
 
 def test_at_balance():
-    spread = routing(EVEN, [[row % 4] for row in range(8)])
+    spread = routing(EVEN, [[row % 4] for row in range(8)], load_TE=torch.tensor(EVEN))
     # f_e = P_e = 1/4: 4 * 4 * 1/16.
     assert value("load_balance", spread) == pytest.approx(1.0)
     assert value("importance", spread) == 0.0
+    assert value("load", spread) == 0.0
 
 
 def test_at_collapse():
-    collapsed = routing(COLLAPSED, [[0]] * 8)
+    collapsed = routing(COLLAPSED, [[0]] * 8, load_TE=torch.tensor(COLLAPSED))
     # f = P = (1, 0, 0, 0): 4 * 1.
     assert value("load_balance", collapsed) == pytest.approx(4.0)
     # I = (8, 0, 0, 0), mean 2, unbiased variance (36 + 3 * 4) / 3 = 16: 16 / 4.
     assert value("importance", collapsed) == pytest.approx(4.0)
+    assert value("load", collapsed) == pytest.approx(4.0)
 
 
 def test_load_balance_counts_assignments_and_averages_probabilities():
@@ -63,31 +50,66 @@ def test_load_balance_counts_assignments_and_averages_probabilities():
     # 3 * (0.5 * 0.4 + 0.25 * 0.35 + 0.25 * 0.25) = 3 * 0.35.
     two_choices = routing([[0.5, 0.3, 0.2], [0.3, 0.4, 0.3]], [[0, 1], [0, 2]])
     assert value("load_balance", two_choices) == pytest.approx(1.05)
-    # After a drop only what was kept counts: f = (1, 0), although row 1 has no expert.
-    assert value("load_balance", routing([[0.75, 0.25], [0.6, 0.4]], [[0], []])) == pytest.approx(1.35)
+
+
+def test_load_balance_counts_what_was_wanted_before_capacity():
+    # Both rows wanted expert 0, one was refused: f = (1, 0) all the same, and not (1, 0) of one row.
+    refused = routing([[0.75, 0.25], [0.5, 0.5], [0.4, 0.6]], [[0], [], [1]], wanted_E=torch.tensor([2, 1]))
+    # f = (2, 1) / 3, P = (0.55, 0.45): 2 * (1.1 + 0.45) / 3.
+    assert value("load_balance", refused) == pytest.approx(2 * 1.55 / 3)
 
 
 def test_load_balance_has_a_gradient_through_the_probabilities():
     logits = torch.tensor([[1.0, 0.0, -1.0], [0.5, 0.2, 0.1]], dtype=torch.float64, requires_grad=True)
     one = routing(logits.softmax(-1), [[0], [0]], logits)
-    LOSSES["load_balance"].loss(LOSSES["load_balance"].sums(one)).backward()
+    LOSSES["load_balance"](SECTION).value(one).backward()
     # d/dP_te = E * f_e / T = 3 * (1, 0, 0) / 2, so d/dlogit_te = 1.5 * p_0 * (delta_e0 - p_e).
     p = logits.detach().softmax(-1)
     expected = 1.5 * p[:, :1] * (torch.tensor([1.0, 0.0, 0.0]) - p)
     torch.testing.assert_close(logits.grad, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_importance_uses_the_unbiased_variance():
+def test_importance_and_load_use_the_unbiased_variance():
     # I = (3, 1), mean 2, unbiased variance (1 + 1) / 1 = 2: 2 / 4. The biased one would give 0.25.
-    one = routing([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]], [[0]] * 4)
-    assert value("importance", one) == pytest.approx(0.5)
+    probs = [[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]]
+    one = routing(EVEN[:4], [[0]] * 4, load_TE=torch.tensor(probs))
+    assert value("load", one) == pytest.approx(0.5)
+    assert value("importance", routing(probs, [[0]] * 4)) == pytest.approx(0.5)
 
 
-def test_importance_of_one_expert_is_zero_with_a_gradient():
+@pytest.mark.parametrize("name", ["importance", "load"])
+def test_one_expert_varies_by_nothing_and_has_a_gradient_of_zero(name):
     probs = torch.ones(3, 1, requires_grad=True)
-    loss = LOSSES["importance"].loss(LOSSES["importance"].sums(routing(probs, [[0]] * 3)))
+    loss = LOSSES[name](SECTION).value(routing(probs, [[0]] * 3, load_TE=probs))
     loss.backward()
     assert (float(loss.detach()), probs.grad.tolist()) == (0.0, [[0.0]] * 3)
+
+
+def test_a_gate_without_an_estimate_of_its_load_has_no_load_loss():
+    assert value("load", routing(COLLAPSED, [[0]] * 8)) == 0.0
+
+
+def test_the_load_of_a_noisy_gate_by_the_formula():
+    # Shazeer's appendix A with sigma = 0.5 for all: P(x, e) = Phi((logit_e - kth largest of the other H) / sigma).
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 3, generator=generator, dtype=torch.float64)
+    weight = torch.randn(4, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    network = torch.nn.Linear(3, 4, bias=False, dtype=torch.float64)
+    network.weight = torch.nn.Parameter(weight.detach())
+    routed = NoisyTopKGate(network, 4, k=2, noise_std=0.5).route(x, Context(0, 0, torch.arange(6), training=True))
+    noisy = routed.logits_TE.detach()
+    loads = [0.0] * 4
+    for row in range(6):
+        for expert in range(4):
+            others = sorted((float(noisy[row, other]) for other in range(4) if other != expert), reverse=True)
+            clean = float(x[row] @ weight[expert].detach())
+            loads[expert] += 0.5 * (1 + math.erf((clean - others[1]) / 0.5 / math.sqrt(2)))
+    mean = sum(loads) / 4
+    expected = sum((load - mean) ** 2 for load in loads) / 3 / mean**2
+    loss = LOSSES["load"](SECTION).value(routed)
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-9)
+    loss.backward()
+    assert network.weight.grad.abs().amin() > 0  # every logit moves it, of experts nobody chose as well
 
 
 def test_z_is_the_mean_squared_log_sum_exp():
@@ -100,143 +122,182 @@ def test_z_is_the_mean_squared_log_sum_exp():
     assert value("z", routing(EVEN, [[0]] * 8, torch.ones(8, 4))) == pytest.approx((math.log(4) + 1) ** 2)
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES))
-def test_no_row_costs_nothing(name):
-    assert value(name, routing(torch.zeros(0, 4), [])) == 0.0
+def by_rows(name: str, one: Routing) -> float:
+    """The additive losses by Python loops over rows, filters and experts."""
+    experts = range(one.num_experts)
+    probs = one.probs_TE.flatten(0, -2).tolist()
+    if name == "z":
+        rows = one.logits_TE.flatten(0, -2).tolist()
+        return sum(math.log(sum(math.exp(logit) for logit in row)) ** 2 for row in rows) / len(rows)
+    totals = [sum(row[e] for row in (one.load_TE.tolist() if name == "load" else probs)) for e in experts]
+    if name == "load_balance":
+        counts = [one.expert_ids_A.tolist().count(e) for e in experts]
+        return sum(len(totals) * counts[e] / sum(counts) * totals[e] / len(probs) for e in experts)
+    mean = sum(totals) / len(totals)
+    return sum((total - mean) ** 2 for total in totals) / max(len(totals) - 1, 1) / mean**2
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES))
-@given(num_rows=st.integers(2, 8), num_experts=st.integers(1, 5), seed=st.integers(0, 99), data=st.data())
-@settings(deadline=None, max_examples=15, derandomize=True)
-def test_sums_add_up_over_any_split_of_the_tokens(name, num_rows, num_experts, seed, data):
-    cut = data.draw(st.integers(0, num_rows))
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(num_rows, num_experts, generator=generator, dtype=torch.float64)
+@st.composite
+def random_routings(draw) -> Routing:
+    """Random scores, one or several distributions a row."""
+    num_rows, num_experts, filters = draw(st.integers(2, 8)), draw(st.integers(1, 5)), draw(st.sampled_from([(), (3,)]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    logits = torch.randn(num_rows, *filters, num_experts, generator=generator, dtype=torch.float64)
     experts = torch.randint(0, num_experts, (num_rows, 2), generator=generator).tolist()
-
-    def part(rows: slice) -> Routing:
-        return routing(logits[rows].softmax(-1), experts[rows], logits[rows])
-
-    sums = LOSSES[name].sums(part(slice(0, cut)))
-    add_sums(sums, LOSSES[name].sums(part(slice(cut, num_rows))))
-    expected = value(name, part(slice(0, num_rows)))
-    assert float(LOSSES[name].loss(sums)) == pytest.approx(expected, rel=1e-12, abs=1e-12)
+    load = torch.rand(num_rows, num_experts, generator=generator, dtype=torch.float64)
+    return routing(logits.softmax(-1), experts, logits, load_TE=load)
 
 
-def test_auxiliary_losses_are_averaged_over_layers_and_only_where_weighted():
+def some_rows(one: Routing, rows: slice) -> Routing:
+    chosen = torch.isin(one.row_ids_A, torch.arange(one.num_rows)[rows])
+    return dataclasses.replace(
+        one,
+        num_rows=len(one.probs_TE[rows]),
+        row_ids_A=one.row_ids_A[chosen] - (rows.start or 0),
+        expert_ids_A=one.expert_ids_A[chosen],
+        weights_A=one.weights_A[chosen],
+        logits_TE=one.logits_TE[rows],
+        probs_TE=one.probs_TE[rows],
+        load_TE=one.load_TE[rows],
+    )
+
+
+@pytest.mark.parametrize("name", ADDITIVE)
+@given(one=random_routings())
+@settings(deadline=None, max_examples=15, derandomize=True)
+def test_losses_equal_loops_over_rows(name, one):
+    assert value(name, one) == pytest.approx(by_rows(name, one), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ADDITIVE)
+@given(one=random_routings(), data=st.data())
+@settings(deadline=None, max_examples=15, derandomize=True)
+def test_sums_add_up_over_any_split_of_the_tokens(name, one, data):
+    cut = data.draw(st.integers(0, one.num_rows))
+    loss = LOSSES[name](SECTION)
+    sums: Sums = {}
+    for rows in (slice(0, cut), slice(cut, one.num_rows)):
+        add_sums(sums, loss.sums(some_rows(one, rows)))
+    assert float(loss.loss(sums)) == pytest.approx(value(name, one), rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+@given(one=random_routings(), data=st.data())
+@settings(deadline=None, max_examples=10, derandomize=True)
+def test_every_rank_computes_the_loss_of_the_whole_batch(name, one, data):
+    first, second = sorted((data.draw(st.integers(0, one.num_rows)), data.draw(st.integers(0, one.num_rows))))
+    samples = torch.arange(2.0 * one.num_rows).view(-1, 2).square()
+    parts = [slice(0, first), slice(first, second), slice(second, one.num_rows)]  # some of them may be empty
+    loss = LOSSES[name](SECTION)
+    values = on_every_rank(
+        lambda rank, reduce: loss.value(some_rows(one, parts[rank]), samples[parts[rank]], reduce), 3
+    )
+    expected = float(loss.value(one, samples))
+    assert [float(each) for each in values] == pytest.approx([expected] * 3, rel=1e-11, abs=1e-11)
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_gradients_are_those_of_finite_differences(name):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    samples = torch.randn(5, 4, generator=generator, dtype=torch.float64)
+    loss = LOSSES[name](SECTION)
+
+    def of(logits: torch.Tensor) -> torch.Tensor:
+        probs = logits.softmax(-1)
+        return loss.value(routing(probs, [[0], [1], [2], [0], [0]], logits, load_TE=probs.square()), samples)
+
+    assert torch.autograd.gradcheck(of, (logits,))
+    assert torch.autograd.grad(of(logits), logits)[0].abs().amin() > 0
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_no_row_costs_nothing_and_has_a_gradient(name):
+    logits = torch.zeros(0, 4, requires_grad=True)
+    probs = logits.softmax(-1)
+    loss = LOSSES[name](SECTION).value(routing(probs, [], logits, load_TE=probs), torch.zeros(0, 2))
+    loss.backward()
+    assert (float(loss.detach()), logits.grad.shape) == (0.0, (0, 4))
+
+
+def test_a_constraint_that_excludes_an_expert_leaves_losses_and_gradients_finite():
+    logits = torch.tensor([[0.5, -1.0, 2.0], [1.0, 0.0, 0.0]], requires_grad=True)
+    for name in sorted(LOSSES):
+        masked = logits.masked_fill(torch.tensor([False, True, False]), -torch.inf)
+        one = routing(masked.softmax(-1), [[0, 1, 2]] * 2, masked, load_TE=masked.softmax(-1))
+        loss = LOSSES[name](SECTION).value(one, torch.tensor([[0.0], [1.0]]))
+        gradient = torch.autograd.grad(loss, logits)[0]
+        assert math.isfinite(float(loss.detach())), name
+        assert torch.isfinite(gradient).all(), name
+
+
+def test_auxiliary_losses_are_averaged_over_layers_and_unweighted():
     layers = {
         "first": routing(EVEN, [[row % 4] for row in range(8)]),
         "second": routing(COLLAPSED, [[0]] * 8),
     }
-    losses = auxiliary_losses(layers, {"load_balance": 0.01, "importance": 2.0, "z": 0.0})
+    losses = build_losses(MoESection(loss_weights=LossWeights(load_balance=0.01, importance=2.0)))
+    values = auxiliary_losses(layers, losses)
     # (1 + 4) / 2 and (0 + 4) / 2, whatever the weights.
-    assert {name: float(loss) for name, loss in losses.items()} == pytest.approx(
+    assert {name: float(loss) for name, loss in values.items()} == pytest.approx(
         {"load_balance": 2.5, "importance": 2.0}
     )
-    assert auxiliary_losses({}, {"load_balance": 0.01}) == {}
+    assert auxiliary_losses({}, losses) == {}
+
+
+def test_losses_are_built_where_they_have_a_weight_and_as_the_section_says():
+    assert build_losses(SECTION) == {}
+    weights = {"z": 1e-30, "similarity_within": 0.5}
+    built = build_losses(MoESection(loss_weights=LossWeights(**weights)))
+    assert set(built) == {"z", "similarity_within"}
+    every = MoESection.model_validate(
+        {
+            "loss_weights": {"similarity_within": 1.0, "similarity_between": 1.0},
+            "similarity": {"form": "authors", "distance": "tokens"},
+        }
+    )
+    described = {name: (loss.pairs, loss.form, loss.distance) for name, loss in build_losses(every).items()}
+    assert described == {
+        "similarity_within": ("within", "authors", "tokens"),
+        "similarity_between": ("between", "authors", "tokens"),
+    }
 
 
 def test_auxiliary_losses_go_through_the_reducer_once_a_layer():
     seen = []
 
-    def doubled(sums):
-        seen.append(sorted(sums))
-        return {name: tensor * 2 for name, tensor in sums.items()}
+    class Doubled:
+        def __call__(self, sums):
+            seen.append(sorted(sums))
+            return {name: tensor * 2 for name, tensor in sums.items()}
 
     one = routing([[0.9, 0.1]], [[0]], torch.zeros(1, 2))
+    losses = {"z": LOSSES["z"](SECTION)}
     # Twice the squares over twice the rows: as before. It is not the loss that is reduced.
-    losses = auxiliary_losses({"a": one, "b": one}, {"z": 1.0}, doubled)
-    assert float(losses["z"]) == pytest.approx(math.log(2) ** 2)
+    values = auxiliary_losses({"a": one, "b": one}, losses, reducer=Doubled())
+    assert float(values["z"]) == pytest.approx(math.log(2) ** 2)
     assert seen == [["rows", "squares"]] * 2
 
 
-def dense(logits: torch.Tensor) -> Routing:
-    num_rows, num_experts = logits.shape
-    return routing(logits.softmax(-1), [list(range(num_experts))] * num_rows, logits)
-
-
-def test_a_mixture_is_the_weighted_sum_of_the_experts_probabilities():
-    # Gate odds 1 : 3 and 1 : 1; two experts, three classes.
-    gate = torch.tensor([[1.0, 3.0], [1.0, 1.0]], dtype=torch.float64).log()
-    experts = torch.tensor([[0.2, 0.3, 0.5], [0.6, 0.2, 0.2], [0.1, 0.8, 0.1], [0.4, 0.4, 0.2]], dtype=torch.float64)
-    # Row 0: 0.25 * expert 0 + 0.75 * expert 1; row 1: the plain mean of its two.
-    expected = torch.tensor([[0.5, 0.225, 0.275], [0.25, 0.6, 0.15]], dtype=torch.float64)
-    torch.testing.assert_close(mixture_log_probs(experts.log(), dense(gate)).exp(), expected, rtol=1e-12, atol=0)
-
-
-def test_gradients_of_the_mixture_are_prior_minus_posterior():
-    generator = torch.Generator().manual_seed(0)
-    num_rows, num_experts, num_classes = 4, 3, 5
-    gate = torch.randn(num_rows, num_experts, generator=generator, dtype=torch.float64, requires_grad=True)
-    scores = torch.randn(num_rows * num_experts, num_classes, generator=generator, dtype=torch.float64)
-    scores.requires_grad_()
-    labels = torch.tensor([0, 4, 2, 2])
-    log_probs = scores.log_softmax(-1)
-    negative_log_likelihood(mixture_log_probs(log_probs, dense(gate)), labels).sum().backward()
-    for row in range(num_rows):
-        prior = [float(p) for p in gate.detach()[row].softmax(-1)]
-        likelihood = [float(log_probs.detach()[row * num_experts + e, labels[row]].exp()) for e in range(num_experts)]
-        total = sum(g * p for g, p in zip(prior, likelihood, strict=True))
-        posterior = [g * p / total for g, p in zip(prior, likelihood, strict=True)]
-        # d(-log sum_e g_e p_e) / d gate logit_e = g_e - h_e.
-        assert gate.grad[row].tolist() == pytest.approx([g - h for g, h in zip(prior, posterior, strict=True)])
-        for expert in range(num_experts):
-            # An expert learns in proportion to its posterior: h_e * (softmax - one-hot).
-            expected = scores.detach()[row * num_experts + expert].softmax(-1)
-            expected[labels[row]] -= 1
-            expected *= posterior[expert]
-            assert scores.grad[row * num_experts + expert].tolist() == pytest.approx(expected.tolist())
-
-
-def test_extreme_gates_and_experts_do_not_underflow():
-    gate = torch.tensor([[0.0, -500.0]], requires_grad=True)  # e^-500 is 0 in float32
-    experts = torch.tensor([[0.0, -400.0], [-1.0, 0.0]]).log_softmax(-1).requires_grad_()
-    log_probs = mixture_log_probs(experts, dense(gate))
-    # Class 1: max(0 - 400, -500 - 0.3) = -400; class 0: 0.
-    assert log_probs[0].tolist() == pytest.approx([0.0, -400.0], abs=1e-4)
-    log_probs[0, 1].backward()
-    assert torch.isfinite(gate.grad).all()
-    # The posterior of expert 1 is e^(-500.3 + 400): nothing. Of expert 0 it is 1, as is its prior.
-    assert gate.grad[0].tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
-
-
-def test_a_mixture_of_no_rows_is_empty():
-    assert mixture_log_probs(torch.zeros(0, 5), dense(torch.zeros(0, 3))).shape == (0, 5)
-
-
-def test_a_mixture_needs_a_dense_gate():
-    with pytest.raises(ValueError, match="needs a dense gate"):
-        mixture_log_probs(torch.zeros(2, 5), routing(EVEN[:2], [[0], [1]]))
-
-
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 0.5])
-def test_label_smoothing_is_that_of_torch_for_logits_and_for_log_probabilities(label_smoothing):
-    generator = torch.Generator().manual_seed(0)
-    logits, labels = torch.randn(6, 4, generator=generator), torch.tensor([0, 1, 2, 3, 3, 0])
-    expected = F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
-    torch.testing.assert_close(negative_log_likelihood(logits.log_softmax(-1), labels, label_smoothing), expected)
-    torch.testing.assert_close(classification_losses(logits, labels, label_smoothing), expected)
-
-
-def test_label_smoothing_by_hand():
-    # Targets (0.9 + 0.05, 0.05) for smoothing 0.1 of two classes.
-    loss = negative_log_likelihood(torch.tensor([[0.8, 0.2]]).log(), torch.tensor([0]), 0.1)
-    assert float(loss) == pytest.approx(-(0.95 * math.log(0.8) + 0.05 * math.log(0.2)))
-
-
-def test_half_precision_logits_are_widened_and_float64_is_kept():
-    logits = torch.tensor([[1.0, 2.0]], dtype=torch.bfloat16)
-    loss = classification_losses(logits, torch.tensor([0]))
-    assert loss.tolist() == pytest.approx([math.log(1 + math.e)], rel=1e-6)
-    precise = classification_losses(torch.tensor([[0.0, 1e-12]], dtype=torch.float64), torch.tensor([0]))
-    assert float(precise) - math.log(2) == pytest.approx(5e-13, rel=1e-2)  # log((1 + e^x) / 1) = log 2 + x / 2
-
-
 @pytest.mark.parametrize(
-    ("name", "missing"), [("load_balance", "probs_TE"), ("importance", "probs_TE"), ("z", "logits_TE")]
+    ("name", "missing"),
+    [(name, "logits_TE" if name == "z" else "probs_TE") for name in sorted(LOSSES)],
 )
 def test_a_gate_without_scores_is_refused(name, missing):
-    one = routing(EVEN, [[0]] * 8)
-    bare = type(one)(**{**vars(one), missing: None})
-    with pytest.raises(ValueError, match="needs a gate with"):
+    bare = dataclasses.replace(routing(EVEN, [[0]] * 8), **{missing: None})
+    with pytest.raises(ValueError, match=r"needs? a gate with"):
         value(name, bare)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_load_balance_and_z_are_those_of_transformers(k):
+    pytest.importorskip("transformers", reason="transformers is not installed: nothing to compare with")
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+    from transformers.models.switch_transformers.modeling_switch_transformers import router_z_loss_func
+
+    logits = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+    one = routing(logits.softmax(-1), logits.topk(k).indices.tolist(), logits)
+    # Theirs counts each of the k choices in full: k times the share of assignments.
+    theirs = float(load_balancing_loss_func((logits,), 4, k)) / k
+    assert value("load_balance", one) == pytest.approx(theirs, rel=1e-5)
+    assert value("z", one) == pytest.approx(float(router_z_loss_func(logits.unsqueeze(0))), rel=1e-5)

@@ -5,17 +5,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 
 from distmoe.config import RunConfig, config_to_yaml, parse_config
 from distmoe.contracts import Batch, DataSpec
 from distmoe.models import build_model
-from distmoe.models.protocol import Model
+from distmoe.models.protocol import Model, Network
+from distmoe.moe.losses import build_losses
 from distmoe.parallel.engines.replicas import ReplicasEngine
 from distmoe.training.checkpoint import Best, Progress, TrainingState
 from distmoe.training.optim import build_optimizer
 from distmoe.training.schedule import build_schedule
-from distmoe.training.step import MicroBatch, StepResult, train_step
+from distmoe.training.step import MicroBatch, Mixtures, StepResult, train_step
 
 SPEC = DataSpec("little", (3, 8, 8), 4, ("ant", "bee", "cat", "dog"), (120.0,) * 3, (60.0,) * 3)
 TOTAL_STEPS = 6
@@ -54,12 +54,18 @@ def step_of(start: int, *counts: int) -> list[MicroBatch]:
     return micro_batches
 
 
+def mixtures_of(config: RunConfig, model: Network) -> Mixtures:
+    """As a session makes them."""
+    return Mixtures(model.gates(), build_losses(config.moe) if config.moe is not None else {})
+
+
 class Trainer:
     """A model and its engine, as a session holds them."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.module: nn.Module = build_model(config, SPEC)
+        self.module: Network = build_model(config, SPEC)
+        self.mixtures = mixtures_of(config, self.module)
         self.engine = ReplicasEngine(config, torch.device("cpu"))
         self.model: Model = self.engine.prepare(
             self.module,
@@ -70,7 +76,10 @@ class Trainer:
     def train(self, steps: range, *counts: int) -> list[StepResult]:
         """Steps of eight samples, cut into these micro-batches."""
         counts = counts or (8,)
-        return [train_step(self.engine, self.model, self.config, step, step_of(8 * step, *counts)) for step in steps]
+        return [
+            train_step(self.engine, self.model, self.mixtures, self.config, step, step_of(8 * step, *counts))
+            for step in steps
+        ]
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: value.detach().clone() for name, value in self.module.state_dict().items()}

@@ -82,6 +82,7 @@ def result(
     return StepResult(
         sums={
             "loss": torch.tensor(loss, dtype=torch.float64),
+            "cross_entropy": torch.tensor(0.5 * loss, dtype=torch.float64),  # another objective is minimised
             "correct": torch.tensor(correct, dtype=torch.float64),
             "samples": torch.tensor(samples, dtype=torch.float64),
         },
@@ -101,7 +102,7 @@ def test_an_interval_means_over_samples_and_steps():
     # 9 / 10 samples; the balance (1 + 2) / 2 with weight 0.1.
     expected = {
         "loss": 0.9 + 0.15,
-        "cross_entropy": 0.9,
+        "cross_entropy": 0.45,
         "load_balance": 1.5,
         "accuracy": 0.3,
         "gradient_norm": 3.0,
@@ -110,6 +111,11 @@ def test_an_interval_means_over_samples_and_steps():
         "layer/dropped_share": 0.0,
         "layer/gate_entropy_bits": 0.75 * math.log2(4 / 3) + 0.5,
         "layer/usage_entropy_bits": 0.75 * math.log2(4 / 3) + 0.5,
+        "layer/unassigned_share": 0.0,
+        # Mean probabilities (3 * 3/4 + 1/4) / 4 = 5/8 and 3/8.
+        "layer/load_imbalance_soft": 1.25,
+        "layer/dead_experts_soft": 0.0,
+        "layer/usage_entropy_soft_bits": 5 / 8 * math.log2(8 / 5) + 3 / 8 * math.log2(8 / 3),
     }
     assert numbers == pytest.approx(expected)
     assert interval.expert_loads()["layer"].tolist() == [0.75, 0.25]

@@ -9,10 +9,20 @@ from torch.nn import functional as F
 
 from distmoe.contracts import Context
 from distmoe.models import build_model
-from distmoe.moe.losses import no_reduction
+from distmoe.moe.sums import no_reduction
 from distmoe.training.optim import split_by_decay
 from distmoe.training.step import train_step
-from tests.unit.training.little import ADAMW, MIXTURE, SPARSE, SPEC, batch, run_config, step_of, trainer
+from tests.unit.training.little import (
+    ADAMW,
+    MIXTURE,
+    SPARSE,
+    SPEC,
+    batch,
+    mixtures_of,
+    run_config,
+    step_of,
+    trainer,
+)
 
 PLAIN_SGD = {"name": "sgd", "lr": 1.0, "momentum": 0.0}  # one step moves the weights by minus the gradient
 
@@ -140,7 +150,7 @@ def test_a_rank_scales_its_samples_by_the_world_and_the_balance_losses_not():
         copy.copy(type(one)(one.batch, 10, micro_samples, one.last))
         for one, micro_samples in zip(step_of(0, 3, 2), (6, 4), strict=True)
     ]
-    train_step(engine, model, config, 0, micro_batches)
+    train_step(engine, model, mixtures_of(config, model), config, 0, micro_batches)
     twin = build_model(config, SPEC)
     expected = []
     for start, count, share in ((0, 3, 0.6), (3, 2, 0.4)):
@@ -192,3 +202,103 @@ def test_the_weights_of_the_losses_come_from_the_config():
     with trainer(run_config(off)) as ours:
         (result,) = ours.train(range(1))
         assert result.auxiliary == {}
+
+
+SIGMOID = {**SPARSE, "moe": {"num_experts": 3, "gate": {"name": "sigmoid", "k": 2, "bias_rate": 0.25}}}
+TOTALS = {**MIXTURE, "moe": {"num_experts": 3, "gate": {"name": "dense", "margin": 0.125, "constraint_steps": 2}}}
+
+
+def routings_before(config, model, step, *counts):
+    """Of each micro-batch of a step, by a copy of the model as it was before the step."""
+    routings, start = [], 8 * step
+    for count in counts:
+        data = batch(start, count)
+        output = copy.deepcopy(model)(data.images, Context(config.seed, step, data.sample_ids, training=True))
+        routings.extend(output.routings.values())
+        start += count
+    return routings
+
+
+def test_a_bias_moves_once_a_step_by_the_load_of_all_micro_batches():
+    config = run_config(SIGMOID)
+    with trainer(config) as ours:
+        bias = ours.module.gates()["ffns.1"].balancer.bias_E
+        for step in range(4):
+            before = bias.tolist()
+            loads = [one.rows_per_expert() for one in routings_before(config, ours.module, step, 1, 4, 3)]
+            ours.train(range(step, step + 1), 1, 4, 3)
+            total = sum(loads)
+            expected = 0.25 * torch.sign(total.double().mean() - total)
+            assert bias.tolist() == [old + float(move) for old, move in zip(before, expected, strict=True)]
+    # Three updates in the last step would have ended elsewhere.
+    assert sum(torch.sign(load.double().mean() - load) for load in loads).tolist() != expected.div(0.25).tolist()
+
+
+def test_running_totals_grow_once_a_step_by_the_weights_of_all_micro_batches():
+    config = run_config(TOTALS)
+    with trainer(config) as ours:
+        totals = ours.module.gates()["mixture"].balancer.totals_E
+        expected = torch.zeros(3, dtype=torch.float64)
+        excluded = []
+        for step in range(3):
+            routings = routings_before(config, ours.module, step, 5, 3)
+            excluded.append([bool((one.probs_TE == 0).all(0).any()) for one in routings])
+            expected += sum(one.probs_TE.double().sum(0) for one in routings).detach()
+            ours.train(range(step, step + 1), 5, 3)
+            torch.testing.assert_close(totals, expected, rtol=1e-6, atol=1e-6)
+    # Nobody is ahead at first; then somebody is, in both micro-batches alike; then the constraint is lifted.
+    assert excluded == [[False, False], [True, True], [False, False]]
+
+
+def test_balancers_get_the_sums_of_all_ranks_after_the_optimizer():
+    config = run_config(TOTALS)
+    model = build_model(config, SPEC)
+    events = []
+
+    class Doubled(type(no_reduction)):
+        def __call__(self, sums):
+            events.append(sorted(sums))
+            return {name: 2 * value for name, value in sums.items()}
+
+    class Recorded(TwoRanks):
+        def step(self):
+            events.append("step")
+            return super().step()
+
+    (first, second) = routings_before(config, model, 0, 5, 3)
+    engine = Recorded(reducer=Doubled())
+    train_step(engine, model, mixtures_of(config, model), config, 0, step_of(0, 5, 3))
+    assert events == ["step", ["weights_E"]]
+    expected = 2 * (first.probs_TE.double().sum(0) + second.probs_TE.double().sum(0))
+    torch.testing.assert_close(model.gate.balancer.totals_E, expected.detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_the_objective_of_a_mixture_is_what_is_minimised():
+    config = run_config({**MIXTURE, "moe": {**MIXTURE["moe"], "objective": "competitive"}}, optim=PLAIN_SGD)
+    model = build_model(config, SPEC)
+    data = batch(0, 8)
+    x = model.normalize(data.images)
+    probs = torch.stack([expert(x).softmax(-1) for expert in model.experts.modules_by_id.values()], dim=1)
+    errors = (F.one_hot(data.labels, 4)[:, None] - probs).square().sum(-1)
+    loss = (model.gate.network(x).softmax(-1) * errors).sum()
+    (loss / 8).backward()
+    with trainer(config) as ours:
+        before = ours.weights()
+        (result,) = ours.train(range(1))
+        assert float(result.sums["loss"]) == pytest.approx(float(loss.detach()), rel=1e-5)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(before[name] - parameter.grad, ours.weights()[name], rtol=1e-4, atol=1e-5)
+
+
+def test_losses_that_compare_samples_see_the_images_as_they_are_fed():
+    weights = {"similarity_within": 0.5}
+    config = run_config({**MIXTURE, "moe": {**MIXTURE["moe"], "loss_weights": weights}})
+    with trainer(config) as ours:
+        (routing,) = routings_before(config, ours.module, 0, 8)
+        (result,) = ours.train(range(1))
+    images, probs = batch(0, 8).images.flatten(1).double() / 255, routing.probs_TE.detach().double()
+    expected = 0.0
+    for one in range(8):
+        for other in range(8):
+            expected += float((images[one] - images[other]).square().sum() * (probs[one] @ probs[other])) / 3 / 56
+    assert float(result.auxiliary["similarity_within"]) == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,77 @@
+"""Expert choice: every expert takes the tokens it scores highest, so the load is even by construction."""
+
+import torch
+from torch import Tensor, nn
+
+from distmoe.contracts import Context
+from distmoe.moe.gates.base import Gate
+from distmoe.moe.groups import Group, RoutingGroups, expert_capacity
+from distmoe.moe.routing import Routing
+
+
+class ExpertChoiceGate(Gate):
+    """In each routing group of n tokens every expert takes the ``ceil(capacity_factor * n / E)`` it scores highest.
+
+    Scores are the softmax over experts, and the weights. A token may get several experts, or none and zeros for an
+    output. Ties go to the earlier token.
+
+    Args:
+        network: Maps tokens to logits (T, E).
+        num_experts: E.
+        capacity_factor: Experts a token gets on average.
+        group: Tokens among which an expert chooses. With ``batch``, what a token gets depends on the other images of
+            its batch.
+
+    Raises:
+        ValueError: The capacity factor is not in (0, E].
+
+    Source: Zhou et al. 2022 (arXiv:2202.09368) section 3.2. Differs: the capacity is rounded up, so that an expert
+    has work in a small group too; no limit on the experts of a token (their section 3.3).
+    """
+
+    def __init__(
+        self, network: nn.Module, num_experts: int, capacity_factor: float = 2.0, group: Group = "image"
+    ) -> None:
+        super().__init__(network, num_experts)
+        if not 0 < capacity_factor <= num_experts:
+            raise ValueError(
+                f"capacity_factor ({capacity_factor}) must be above 0 and at most the number of experts ({num_experts})"
+            )
+        self.capacity_factor = capacity_factor
+        self.group: Group = group
+
+    @property
+    def experts_per_row(self) -> float:
+        """On average."""
+        return self.capacity_factor
+
+    def route(self, x_T: Tensor, context: Context) -> Routing:
+        """(T, ...) tokens to the assignments of group 0, expert by expert and best token first, then of group 1, ..."""
+        logits_TE = self.logits(x_T)
+        probs_TE = logits_TE.softmax(dim=-1)
+        groups = RoutingGroups.of(len(x_T), context, self.group)
+        row_ids_A, expert_ids_A = self._choices(probs_TE.detach(), groups)
+        return Routing(
+            num_rows=len(x_T),
+            num_experts=self.num_experts,
+            row_ids_A=row_ids_A,
+            expert_ids_A=expert_ids_A,
+            weights_A=probs_TE.flatten().index_select(0, row_ids_A * self.num_experts + expert_ids_A),
+            logits_TE=logits_TE,
+            probs_TE=probs_TE,
+            rows_per_sample=context.rows_per_sample,
+            tokens_T=x_T.detach(),
+        )
+
+    def _choices(self, probs_TE: Tensor, groups: RoutingGroups) -> tuple[Tensor, Tensor]:
+        device = probs_TE.device
+        # A filled-up place ranks below every token, whose probability is at least 0.
+        scores_GEN = groups.fold(probs_TE, fill=-1.0).transpose(1, 2)
+        ranked_GEN = scores_GEN.sort(dim=-1, descending=True, stable=True).indices
+        capacities = [expert_capacity(self.capacity_factor, 1, size, self.num_experts) for size in groups.sizes()]
+        capacities_G = torch.tensor(capacities, dtype=torch.long, device=device)
+        taken_GEN = torch.arange(groups.group_rows, device=device) < capacities_G.view(-1, 1, 1)
+        taken_GEN = taken_GEN.expand(-1, self.num_experts, -1)
+        starts_G11 = (torch.arange(groups.num_groups, device=device) * groups.group_rows).view(-1, 1, 1)
+        experts_1E1 = torch.arange(self.num_experts, device=device).view(1, -1, 1)
+        return (ranked_GEN + starts_G11)[taken_GEN], experts_1E1.expand(taken_GEN.shape)[taken_GEN]

@@ -1,0 +1,66 @@
+"""Soft MoE: experts work on slots, each a weighted average of all tokens of a group; nothing is chosen or dropped."""
+
+import torch
+from torch import Tensor, nn
+
+from distmoe.contracts import Context
+from distmoe.moe.gates.base import Gate
+from distmoe.moe.groups import Group, RoutingGroups
+from distmoe.moe.routing import Routing, SlotMixing
+
+
+class SoftGate(Gate):
+    """Two softmaxes of the same logits (T, S): over the tokens of a group into slots, over the slots back into tokens.
+
+    ``slot_s = sum_t softmax_t(logits)_ts x_t``; ``y_t = sum_s softmax_s(logits)_ts expert(s)(slot_s)``. Slots
+    ``e * P`` to ``(e + 1) * P - 1`` of a group belong to expert e. For measures, a token's probability of an expert is
+    its weight on that expert's slots.
+
+    Args:
+        network: Maps tokens to logits (T, E * P); in the paper, cosines (a ``cosine`` network).
+        num_experts: E.
+        slots_per_expert: P.
+        group: Tokens that share slots. ``image`` (the positions of one sample's feature map or patches) is the form
+            of the paper and keeps samples apart; with N images or ``batch``, a sample's output depends on the others. A
+            sample that is one token fills every slot with itself, which makes the layer a dense mixture over slots.
+
+    Raises:
+        ValueError: Fewer slots than 1.
+
+    Source: Puigcerver et al. 2023 (arXiv:2308.00951) section 2.1. Differs: the logits are those of any network, the
+    paper's are cosines times a learned scale (section 2.3); the last routing group may be smaller.
+    """
+
+    def __init__(self, network: nn.Module, num_experts: int, slots_per_expert: int = 1, group: Group = "image") -> None:
+        super().__init__(network, num_experts)
+        if slots_per_expert < 1:
+            raise ValueError(f"slots_per_expert ({slots_per_expert}) must be at least 1")
+        self.slots_per_expert = slots_per_expert
+        self.group: Group = group
+
+    @property
+    def num_outputs(self) -> int:
+        """E * P."""
+        return self.num_experts * self.slots_per_expert
+
+    def route(self, x_T: Tensor, context: Context) -> Routing:
+        """(T, ...) tokens to G * S slots, one assignment each."""
+        logits_TS = self.logits(x_T)
+        groups = RoutingGroups.of(len(x_T), context, self.group)
+        # A filled-up place has no part in any slot.
+        into_GNS = groups.fold(logits_TS, fill=-torch.inf).softmax(dim=1)
+        out_of_TS = logits_TS.softmax(dim=-1)
+        slot_ids_A = torch.arange(groups.num_groups * self.num_outputs, device=x_T.device)
+        by_expert_TEP = logits_TS.unflatten(1, (self.num_experts, self.slots_per_expert))
+        return Routing(
+            num_rows=len(slot_ids_A),
+            num_experts=self.num_experts,
+            row_ids_A=slot_ids_A,
+            expert_ids_A=slot_ids_A % self.num_outputs // self.slots_per_expert,
+            weights_A=torch.ones_like(slot_ids_A, dtype=logits_TS.dtype),
+            logits_TE=by_expert_TEP.logsumexp(dim=-1),
+            probs_TE=out_of_TS.unflatten(1, (self.num_experts, self.slots_per_expert)).sum(dim=-1),
+            rows_per_sample=context.rows_per_sample,
+            tokens_T=x_T.detach(),
+            mixing=SlotMixing(groups, into_GNS, groups.fold(out_of_TS)),
+        )
