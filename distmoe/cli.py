@@ -21,6 +21,7 @@ _MODULES = {
     "beton": "distmoe.data.beton",
     "loading": "distmoe.training.loading",
     "report": "distmoe.studies.report",
+    "bench_layer": "distmoe.bench.layer",
     "bench_loader": "distmoe.bench.loader",
     "bench_data_wait": "distmoe.bench.data_wait",
 }
@@ -133,6 +134,31 @@ def bench_loader(
     run_config = load_config(config, overrides or [])
     typer.echo(_load("bench_loader").bench_loader(run_config.data, rounds) + "\n")
     typer.echo(_load("bench_data_wait").bench_data_wait(run_config, rounds))
+
+
+@bench_app.command("layer")
+def bench_layer(
+    width: Annotated[
+        list[int] | None, typer.Option(help="D, values of a token; repeat for several.  [192, 1024]")
+    ] = None,
+    experts: Annotated[list[int] | None, typer.Option(help="E; repeat for several.  [8, 64]")] = None,
+    k: Annotated[list[int] | None, typer.Option(help="Experts a token; repeat for several.  [1, 2, 4]")] = None,
+    load: Annotated[list[str] | None, typer.Option(help="balanced or skewed; both if not given.")] = None,
+    rounds: Annotated[int, typer.Option(min=6, help="Timed rounds of each layer, in turn.")] = 7,
+    hidden: Annotated[int | None, typer.Option(help="H, hidden units of an expert.  [4 D up to D=256, then D]")] = None,
+    rows_per_expert: Annotated[
+        int | None, typer.Option(help="On average.  [256; on a CPU fewer where a layer would take long]")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.  [a GPU if there is one]")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32 or bf16.  [fp32 on a CPU, bf16 on a GPU]")] = None,
+) -> None:
+    """Speed and memory of an MoE layer, of DeepSpeed's, a naive loop and a dense MLP of equal FLOPs.
+
+    24 comparisons if nothing is chosen: about 8 minutes on 2 CPU cores.
+    """
+    shapes = (width or [192, 1024], experts or [8, 64], k or [1, 2, 4], load or ["balanced", "skewed"])
+    for line in _load("bench_layer").bench_layer(*shapes, rounds, hidden, rows_per_expert, device, precision):
+        typer.echo(line)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

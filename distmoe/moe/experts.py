@@ -11,10 +11,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-Activation = Literal["relu", "gelu"]
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
+from distmoe.moe.grouped import PRODUCTS, Activation, Product, Weights, fastest_product
 
 
 class Experts(nn.Module, ABC):
@@ -53,6 +51,11 @@ class MLPExperts(Experts):
         hidden: H.
         activation: Between the two layers.
         with_hidden: Give the hidden layer before its activation beside the output: what an attentive gate asks for.
+        product: ``loop``: one matrix product an expert; ``grouped``: one for all of them, by torch's ``grouped_mm``;
+            ``auto``: the faster one, see :func:`distmoe.moe.grouped.fastest_product`.
+
+    Raises:
+        ValueError: In the forward pass: counts of other experts, or that do not add up to R.
     """
 
     def __init__(
@@ -62,11 +65,13 @@ class MLPExperts(Experts):
         hidden: int,
         activation: Activation = "gelu",
         with_hidden: bool = False,
+        product: Product | Literal["auto"] = "auto",
     ) -> None:
         super().__init__(expert_ids)
         self.with_hidden = with_hidden
         num_local = len(expert_ids)
-        self.activation = activation
+        self.activation: Activation = activation
+        self.product: Product | Literal["auto"] = product
         self.w1 = nn.Parameter(torch.empty(num_local, width, hidden))
         self.b1 = nn.Parameter(torch.empty(num_local, hidden))
         self.w2 = nn.Parameter(torch.empty(num_local, hidden, width))
@@ -76,18 +81,12 @@ class MLPExperts(Experts):
 
     def forward(self, rows_R: Tensor, rows_per_expert_L: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """(R, D) to (R, D), or to that and (R, H)."""
-        activation = _ACTIVATIONS[self.activation]
         # Cast the stacks once: autocast would cast each expert's slice of them, forward and backward.
-        weights = [_autocast(weight).unbind() for weight in (self.w1, self.b1, self.w2, self.b2)]
-        quantum = _row_quantum(weights[0][0])
-        outputs, hidden = [], []
-        for x, w1, b1, w2, b2 in zip(rows_R.split(rows_per_expert_L.tolist()), *weights, strict=True):
-            padded = F.pad(x, (0, 0, 0, -len(x) % quantum))
-            before = torch.addmm(b1, padded, w1)
-            outputs.append(torch.addmm(b2, activation(before), w2)[: len(x)])
-            if self.with_hidden:
-                hidden.append(before[: len(x)])
-        return (torch.cat(outputs), torch.cat(hidden)) if self.with_hidden else torch.cat(outputs)
+        weights = Weights(*(_autocast(weight) for weight in (self.w1, self.b1, self.w2, self.b2)))
+        product = fastest_product(weights.w1_LDH) if self.product == "auto" else self.product
+        return PRODUCTS[product](
+            _autocast(rows_R), rows_per_expert_L.tolist(), weights, self.activation, self.with_hidden
+        )
 
     @torch.no_grad()
     def reset_expert(self, index: int) -> None:
@@ -127,16 +126,9 @@ class ModuleExperts(Experts):
                 reset()
 
 
-def _row_quantum(weight: Tensor) -> int:
-    """Rows of a matrix product are padded to a multiple of this.
-
-    On a CPU, products in half precision are compiled for each new number of rows, which costs more than the product:
-    an expert's rows differ from step to step, so a few round numbers make them 3 times faster.
-    """
-    return 256 if weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16) else 1
-
-
-def _autocast(weight: Tensor) -> Tensor:
-    """The weight in the type that matrix products run in here."""
-    device = weight.device.type
-    return weight.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else weight
+def _autocast(x: Tensor) -> Tensor:
+    """In the type that matrix products run in here; autocast leaves float64 alone."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))

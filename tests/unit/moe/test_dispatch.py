@@ -131,12 +131,44 @@ def test_outputs_and_gradients_equal_the_loop(num_rows, num_experts, num_assignm
             torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_gradients_are_those_of_finite_differences():
+def test_gradients_and_their_gradients_are_those_of_finite_differences():
     x, weights = X.double().requires_grad_(), torch.tensor([0.3, -1.0, 2.0, 0.1, 0.7]).double().requires_grad_()
     factors = torch.tensor([0.1, 0.2, 0.3, 0.4]).double().requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda *leaves: run(LocalDispatcher(4), leaves[0], ROWS, EXPERTS, *leaves[1:]), (x, weights, factors)
+
+    def compute(x, weights, factors):
+        return run(LocalDispatcher(4), x, ROWS, EXPERTS, weights, factors)
+
+    assert torch.autograd.gradcheck(compute, (x, weights, factors))
+    assert torch.autograd.gradgradcheck(compute, (x, weights, factors))
+
+
+def test_gradients_of_gradients_are_those_of_finite_differences():
+    x, weights = X.double().requires_grad_(), torch.tensor([0.3, -1.0, 2.0, 0.1, 0.7]).double().requires_grad_()
+    factors = torch.tensor([0.1, 0.2, 0.3, 0.4]).double().requires_grad_()
+    assert torch.autograd.gradgradcheck(
+        lambda *leaves: run(LocalDispatcher(4), leaves[0], ROWS, EXPERTS, *leaves[1:])[1], (x, weights, factors)
     )
+
+
+def test_outputs_in_half_precision_are_kept_as_they_are_for_the_backward_pass():
+    dispatcher = LocalDispatcher(4)
+    rows, _, plan = dispatcher.dispatch(X.bfloat16(), ROWS, EXPERTS)
+    outputs, weights = rows.detach().requires_grad_(), torch.rand(5).requires_grad_()
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        combined = dispatcher.combine(outputs, plan, weights)
+    assert [one.dtype for one in kept if one.dim() == 2] == [torch.bfloat16]
+    combined.sum().backward()
+    assert combined.dtype == torch.float32
+    order = plan.order_A
+    assert torch.equal(outputs.grad, weights.detach()[order, None].expand(5, 2).bfloat16())
+    # The sum over the two values of each row, exact in bfloat16.
+    assert torch.equal(weights.grad, X[ROWS].sum(1))
 
 
 def test_two_threads_give_the_same_bits_every_time():
@@ -179,3 +211,25 @@ def test_a_row_sent_to_one_expert_several_times_keeps_its_weights_apart(repeats)
     weights = 10.0 ** torch.arange(repeats)
     # 10 * (1 * 1 + 2 * 10 + 3 * 100), as far as there are repeats.
     assert dispatcher.combine(outputs, plan, weights)[0, 0] == sum(10.0 * (i + 1) * 10**i for i in range(repeats))
+
+
+def test_weights_a_channel_have_the_gradients_of_finite_differences():
+    generator = torch.Generator().manual_seed(0)
+    outputs = torch.randn(5, 2, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(5, 2, generator=generator, dtype=torch.float64, requires_grad=True)
+    dispatcher = LocalDispatcher(4)
+    plan = dispatcher.dispatch(X, ROWS, EXPERTS)[2]
+    assert torch.autograd.gradcheck(lambda *leaves: dispatcher.combine(leaves[0], plan, leaves[1]), (outputs, weights))
+
+
+def test_outputs_that_are_not_contiguous_and_frozen_weights_are_combined():
+    dispatcher = LocalDispatcher(4)
+    plan = dispatcher.dispatch(X, ROWS, EXPERTS)[2]
+    outputs = torch.randn(2, 5, requires_grad=True)
+    weights = torch.tensor([0.5, 1.0, 2.0, 4.0, 8.0])
+    combined = dispatcher.combine(outputs.T, plan, weights)
+    # Places: expert 0 has row 2, expert 1 rows 0, 1, 2, expert 3 row 0; their weights are 4, 8, 2, 0.5, 1.
+    x = outputs.T
+    torch.testing.assert_close(combined, torch.stack([8 * x[1] + x[4], 2 * x[2], 4 * x[0] + 0.5 * x[3]]))
+    combined[1:].sum().backward()
+    assert outputs.grad.tolist() == [[4.0, 0.0, 2.0, 0.5, 0.0]] * 2

@@ -4,6 +4,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from distmoe.moe.experts import MLPExperts, ModuleExperts
+from distmoe.moe.grouped import PRODUCTS
 
 ROWS = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
 
@@ -47,11 +48,45 @@ def test_no_rows_at_all_give_no_output_and_zero_gradients():
     assert [float(parameter.grad.abs().sum()) for parameter in experts.parameters()] == [0.0] * 4
 
 
-def test_counts_that_do_not_add_up_or_are_of_other_experts_are_an_error():
-    with pytest.raises(RuntimeError):
-        mlp()(ROWS, torch.tensor([2, 2, 2]))
-    with pytest.raises(ValueError, match="zip"):
-        mlp()(ROWS, torch.tensor([2, 3]))
+@pytest.mark.parametrize("counts", [[2, 2, 2], [2, 3]])
+def test_counts_that_do_not_add_up_or_are_of_other_experts_are_an_error(counts):
+    with pytest.raises(ValueError, match="there are 3 experts and 5 rows"):
+        mlp()(ROWS, torch.tensor(counts))
+
+
+def test_the_product_is_the_one_that_is_asked_for(monkeypatch):
+    used = []
+    for name, product in list(PRODUCTS.items()):
+        monkeypatch.setitem(
+            PRODUCTS, name, lambda *args, name=name, product=product: used.append(name) or product(*args)
+        )
+    rows, counts = torch.randn(5, 8), torch.tensor([2, 0, 3])
+    outputs = []
+    for product in ("auto", "loop", "grouped"):
+        torch.manual_seed(0)
+        outputs.append(MLPExperts(range(3), 8, 16, product=product)(rows, counts))
+    assert used == ["loop", "loop", "grouped"]  # on a CPU, auto is the loop
+    torch.testing.assert_close(outputs[2], outputs[1], rtol=1e-5, atol=1e-6)  # float32
+
+
+@pytest.mark.parametrize("product", ["loop", "grouped"])
+def test_under_autocast_products_are_in_half_precision_and_gradients_in_the_weights_type(product):
+    torch.manual_seed(0)
+    experts = MLPExperts(range(2), 8, 16, with_hidden=True, product=product)
+    rows = torch.randn(40, 8, requires_grad=True)
+    exact = experts(rows, torch.tensor([33, 7]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = experts(rows, torch.tensor([33, 7]))
+    assert [output.dtype for output in rounded] == [torch.bfloat16] * 2
+    leaves = (rows, *experts.parameters())
+    gradients = [
+        torch.autograd.grad(outputs, leaves, [torch.ones_like(output) for output in outputs])
+        for outputs in (exact, rounded)
+    ]
+    for one, other in zip((*rounded, *gradients[1]), (*exact, *gradients[0]), strict=True):
+        # bfloat16 keeps 8 bits: a few roundings are within 2^-6 of the largest entry.
+        torch.testing.assert_close(one.float(), other, rtol=0, atol=2.0**-6 * float(other.detach().abs().max()))
+    assert {gradient.dtype for gradient in gradients[1]} == {torch.float32}
 
 
 def test_mlp_experts_start_with_variance_one_over_fan_in_and_zero_biases():
