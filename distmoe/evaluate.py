@@ -55,7 +55,12 @@ def format_evaluation(result: Evaluation, values: dict[str, Any], spec: DataSpec
 
 
 def describe_plan(config: RunConfig) -> str:
-    """What a run would do: data, steps, parameters and work, without training."""
+    """What a run would do: data, steps, parameters and work, without training.
+
+    Raises:
+        UserError: It would be refused.
+    """
+    config.check_trainable()
     with open_runtime(config) as runtime, open_session(config, runtime) as session:
         cost = session.cost
         rows = {

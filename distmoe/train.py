@@ -67,7 +67,7 @@ def train(config: RunConfig) -> dict[str, Any] | None:
             is not finite any more.
         Interrupted: SIGINT or SIGTERM came; the run has saved and can be resumed.
     """
-    _check_trainable(config)
+    config.check_trainable()
     folder = RunFolder.of(config)
     with open_runtime(config) as runtime:
         resume = config.run.resume or runtime.restarts > 0
@@ -80,12 +80,6 @@ def train(config: RunConfig) -> dict[str, Any] | None:
                     logger.info("it is finished: test accuracy %.4f", summary["test_accuracy"])
                     return summary
                 return _train_and_test(session, folder, checkpoints)
-
-
-def _check_trainable(config: RunConfig) -> None:
-    gate_problem = config.moe.gate.training_problem() if config.moe is not None else None
-    for problem in filter(None, (config.model.training_problem(), gate_problem)):
-        raise UserError(problem)
 
 
 def _start(session: Session, folder: RunFolder, checkpoints: CheckpointFolder, resume: bool) -> None:

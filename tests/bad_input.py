@@ -213,8 +213,20 @@ COMBINATIONS = [
         "4 pools leave nothing of a 8x8 image",
     ),
     changed("init_mode without init_from", "model.init_mode=grow", "model.init_mode needs model.init_from"),
-    changed("frozen experts without a mixture", "model.freeze_experts=1;moe=null", "model.freeze_experts"),
-    changed("more frozen experts than all", "model.freeze_experts=3", "model.freeze_experts", "(3)", "(2)"),
+    changed(
+        "frozen experts without a mixture", "model.freeze_experts=1;model.init_from=a;moe=null", "model.freeze_experts"
+    ),
+    changed(
+        "frozen experts that were never trained", "model.freeze_experts=1", "model.freeze_experts needs model.init_from"
+    ),
+    changed(
+        "more frozen experts than all",
+        "model.freeze_experts=3;model.init_from=elsewhere",
+        "model.freeze_experts",
+        "(3)",
+        "(2)",
+    ),
+    changed("the same gate at plan", "moe.gate.k=1", "moe.gate.renormalize must be false", command="plan"),
     changed("dense twin with moe", "model={name: tutorial_cnn}", "remove the moe section (moe=null)"),
     changed("best without validation", "data.validation_size=0", "train.select best", "train.select=last"),
     changed("validation takes all", "data.validation_size=36", "data.validation_size is 36", "36 samples", "0 to 35"),

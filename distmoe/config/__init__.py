@@ -111,6 +111,16 @@ class RunConfig(Section):
     parallel: ParallelSection = ParallelSection()
     """Processes."""
 
+    def check_trainable(self) -> None:
+        """Refuses settings that are right for evaluating a run, but not for training one.
+
+        Raises:
+            UserError: One of them is; the message says which, and what to do.
+        """
+        gate_problem = self.moe.gate.training_problem() if self.moe is not None else None
+        for problem in filter(None, (self.model.training_problem(), gate_problem)):
+            raise UserError(problem)
+
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
         problems = list(_cross_checks(self))
@@ -172,7 +182,7 @@ def load_config(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -
         UserError: The file cannot be read, or a key or value is wrong; the message lists all problems.
     """
     path = Path(path)
-    merged = merge_overrides(read_yaml(path), overrides)
+    merged = merge_overrides(read_yaml(path), overrides, RunConfig)
     config = parse_config(merged, source=str(path))
     if config.run.name is None:
         return parse_config({**merged, "run": {**merged.get("run", {}), "name": path.stem}}, source=str(path))

@@ -1,8 +1,9 @@
 """Reading and writing configuration values: YAML, dotted overrides, and error messages that name place and fix."""
 
 import difflib
+import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
@@ -11,6 +12,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from distmoe.contracts import UserError
+
+logger = logging.getLogger(__name__)
 
 MAX_CONFIG_BYTES = 1_000_000  # far above any configuration: a data file given by mistake is refused, not parsed
 MAX_VALUES = 100_000  # the same once aliases (*name) are written out: a few lines of them can stand for billions
@@ -86,8 +89,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def merge_overrides(values: dict[str, Any], overrides: tuple[str, ...] | list[str]) -> dict[str, Any]:
-    """A copy of ``values`` with each ``a.b.c=value`` applied in order; the values are read as YAML."""
+def merge_overrides(
+    values: dict[str, Any], overrides: tuple[str, ...] | list[str], schema: type[BaseModel] | None = None
+) -> dict[str, Any]:
+    """A copy of ``values`` with each ``a.b.c=value`` applied in order; the values are read as YAML.
+
+    Where an override makes another choice in a tagged union (``moe.gate.name=soft``), settings of the former choice
+    that the new one does not have are left out, with a warning; for that the ``schema`` must be given.
+    """
     merged = _copy(values)
     for override in overrides:
         key, separator, text = override.partition("=")
@@ -102,7 +111,29 @@ def merge_overrides(values: dict[str, Any], overrides: tuple[str, ...] | list[st
             if not isinstance(section, dict):
                 raise UserError(f"override {override!r}: {part} is a value, not a section with fields")
         section[parts[-1]] = parse_yaml(text, f"override {override!r}")
+        if schema is not None and parts[-1] == "name":
+            for foreign in _settings_of_others(section, parts[:-1], schema):
+                logger.warning("%s: %s.%s is no setting of it and left out", override, ".".join(parts[:-1]), foreign)
+                del section[foreign]
     return merged
+
+
+def _settings_of_others(section: dict[str, Any], path: list[str], schema: type[BaseModel]) -> list[str]:
+    """Keys of a section that only other members of its union have than the one it names."""
+    choices = _choices_at(path, schema)
+    chosen = [model for model in choices if _tag(model) == section["name"]]
+    if not chosen:
+        return []
+    known = {name for model in choices for name in model.model_fields}
+    return [key for key in section if key in known and key not in chosen[0].model_fields]
+
+
+def _choices_at(path: Iterable[str], schema: type[BaseModel]) -> list[type[BaseModel]]:
+    choices: list[type[BaseModel]] = [schema]
+    for part in path:
+        fields = [model.model_fields[part] for model in choices if part in model.model_fields]
+        choices = [found for field in fields for found in _models_in(field.annotation)]
+    return choices
 
 
 def to_yaml(values: dict[str, Any]) -> str:

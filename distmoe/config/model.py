@@ -29,6 +29,8 @@ class ModelSection(Section):
         if self.init_from is None and (self.init_mode != "exact" or self.init_skip):
             name = "model.init_mode" if self.init_mode != "exact" else "model.init_skip"
             return f"{name} needs model.init_from, the run or exported file to start from"
+        if self.init_from is None and self.freeze_experts:
+            return "model.freeze_experts needs model.init_from: experts with random weights are not worth keeping"
         return None
 
 

@@ -50,7 +50,7 @@ class ClassMixture(Network):
             log_probs_A = self.dispatcher.gather(log_probs_R, plan)
         else:
             log_probs_A, hidden_A = self.dispatcher.gather((log_probs_R, hidden_R), plan)
-            routing = self.gate.weigh(routing, (log_probs_A, hidden_A))
+            routing = self.gate.weigh(routing, hidden_A)
         objective, favourites = None, None
         if not context.training:
             favourites = favourite_predictions(log_probs_A, routing)

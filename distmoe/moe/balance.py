@@ -15,7 +15,14 @@ from distmoe.moe.sums import Sums
 
 
 class Balancer(nn.Module, ABC):
-    """Sums over tokens in every forward pass of a step; one update after the optimizer's."""
+    """Sums over tokens in every forward pass of a step; one update after the optimizer's.
+
+    The training loop of this package sees to it. In a loop of your own, after ``optimizer.step()``::
+
+        gate.balancer.update(gate.balancer.sums(routing))
+
+    with the sums of several micro-batches added, and reduced over ranks, first.
+    """
 
     @abstractmethod
     def sums(self, routing: Routing) -> Sums:
@@ -68,7 +75,8 @@ class RunningTotals(Balancer):
     Args:
         num_experts: E.
         margin: In units of samples: a weight of 1 on one token adds 1.
-        steps: Optimizer steps of phase 1; None: the whole training.
+        steps: Optimizer steps of phase 1, counted by ``context.step``; None: the whole training. A layer that is called
+            without a context is always at step 0: there, set ``steps`` to 0 to end phase 1.
 
     Source: Eigen, Ranzato and Sutskever 2013 (arXiv:1312.4314) section 3. The paper does not say whether the totals
     count weights before or after the constraint, how gradients pass it, or the margin. Here: totals count the

@@ -40,13 +40,12 @@ class RoutingGroups:
             group: ``image``, a number of images, or ``batch``.
 
         Raises:
-            ValueError: A number of images below 1.
+            ValueError: See :func:`check_group`.
         """
+        check_group(group)
         if group == "batch":
             return cls(num_rows, max(num_rows, 1))
         images = 1 if group == "image" else group
-        if images < 1:
-            raise ValueError(f"group ({group}) must be image, batch, or a number of images of 1 or more")
         return cls(num_rows, max(context.rows_per_sample * images, 1))
 
     @property
@@ -54,9 +53,14 @@ class RoutingGroups:
         """G; 0 without rows."""
         return -(-self.num_rows // self.group_rows)
 
-    def sizes(self) -> list[int]:
-        """Rows of each group."""
-        return [min(self.group_rows, self.num_rows - g * self.group_rows) for g in range(self.num_groups)]
+    def capacities(self, factor: float, k: int, num_experts: int, device: torch.device) -> Tensor:
+        """(G,) int64 rows that an expert takes from each group, see :func:`expert_capacity`."""
+        full = expert_capacity(factor, k, self.group_rows, num_experts)
+        capacities_G = torch.full((self.num_groups,), full, dtype=torch.long, device=device)
+        rest = self.num_rows % self.group_rows
+        if rest:
+            capacities_G[-1] = expert_capacity(factor, k, rest, num_experts)
+        return capacities_G
 
     def ids(self, device: torch.device) -> Tensor:
         """(T,) int64 group of each row."""
@@ -72,6 +76,18 @@ class RoutingGroups:
     def unfold(self, x_GN: Tensor) -> Tensor:
         """(G, N, ...) back to (T, ...)."""
         return x_GN.flatten(0, 1)[: self.num_rows]
+
+
+def check_group(group: Group) -> None:
+    """Refuses what is no :data:`Group`.
+
+    Raises:
+        ValueError: Another name, a number of images below 1.
+    """
+    if group in ("image", "batch"):
+        return
+    if not isinstance(group, int) or isinstance(group, bool) or group < 1:
+        raise ValueError(f"group ({group!r}) must be image, batch, or a number of images of 1 or more")
 
 
 def expert_capacity(factor: float, k: int, group_rows: int, num_experts: int) -> int:

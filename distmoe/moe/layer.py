@@ -28,7 +28,7 @@ class MoELayer(nn.Module):
             module from (T, ...) to what the experts give; or None.
 
     Raises:
-        ValueError: Without a dispatcher, another number of experts than the gate's. In the forward pass: an attentive
+        ValueError: Without a dispatcher, other experts than 0 to E - 1 of the gate. In the forward pass: an attentive
             gate with experts that show no hidden state; an input without an axis before the token's; a context of other
             samples.
 
@@ -47,8 +47,11 @@ class MoELayer(nn.Module):
         shared: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        if dispatcher is None and len(experts.expert_ids) != gate.num_experts:
-            raise ValueError(f"{len(experts.expert_ids)} experts for a gate that chooses among {gate.num_experts}")
+        if dispatcher is None and list(experts.expert_ids) != list(range(gate.num_experts)):
+            raise ValueError(
+                f"experts {list(experts.expert_ids)} for a gate that chooses among {gate.num_experts}: without a "
+                "dispatcher, all of them must be here, from 0 on"
+            )
         self.gate = gate
         self.experts = experts
         self.dispatcher = LocalDispatcher(gate.num_experts) if dispatcher is None else dispatcher
@@ -60,8 +63,8 @@ class MoELayer(nn.Module):
 
         Args:
             x: Tokens; the first axis is the sample.
-            context: Keys of the noise. Without one (a layer inside somebody's own model), noise is keyed by a draw
-                from torch's generator, and samples are known by their place in the batch.
+            context: Keys of the noise. Without one (a layer inside somebody's own model), a noisy gate's is keyed by a
+                draw from torch's generator, and samples are known by their place in the batch.
         """
         leading = x.shape[: max(x.dim() - self.token_dims, 0)]
         if not leading:
@@ -78,8 +81,10 @@ class MoELayer(nn.Module):
         rows_R, rows_per_expert_L, plan = self.dispatcher.dispatch(rows, routing.row_ids_A, routing.expert_ids_A)
         result = self.experts(rows_R, rows_per_expert_L)
         output_R = result[0] if isinstance(result, tuple) else result
-        if routing.weights_A is None:
-            routing = self.gate.weigh(routing, self.dispatcher.gather(result, plan))
+        if self.gate.needs_hidden:
+            if not isinstance(result, tuple):
+                raise ValueError("an attentive gate needs experts that give (output, hidden state)")
+            routing = self.gate.weigh(routing, self.dispatcher.gather(result[1], plan))
         assert routing.weights_A is not None, "weigh() must give weights"
         y_T = self.dispatcher.combine(output_R, plan, routing.weights_A)
         if routing.mixing is not None:
@@ -89,5 +94,5 @@ class MoELayer(nn.Module):
         return y_T.to(x.dtype).unflatten(0, leading), replace(routing, rows_per_sample=rows_per_sample)
 
     def _own_context(self, x: Tensor) -> Context:
-        seed = int(torch.randint(2**31, ())) if self.training else 0
+        seed = int(torch.randint(2**31, ())) if self.training and self.gate.noisy else 0
         return Context(seed, 0, torch.arange(len(x), device=x.device), self.training)

@@ -7,15 +7,18 @@ and ``loss(sums)`` is the scalar. All are unweighted: the weights of the config 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from distmoe.config import MoESection
+from distmoe.moe.choices import check_choice
 from distmoe.moe.routing import Routing
 from distmoe.moe.similarity import Distance, Form, similarity_terms
 from distmoe.moe.sums import Reducer, Sums, no_reduction
+
+Pairs = Literal["within", "between"]
 
 
 class AuxiliaryLoss(ABC):
@@ -149,12 +152,16 @@ class SimilarityLoss(AuxiliaryLoss):
             which should not.
         form: As there.
         distance: As there.
+
+    Raises:
+        ValueError: An unknown name.
     """
 
-    def __init__(
-        self, pairs: Literal["within", "between"], form: Form = "paper", distance: Distance = "pixels"
-    ) -> None:
-        self.pairs = pairs
+    def __init__(self, pairs: Pairs, form: Form = "paper", distance: Distance = "pixels") -> None:
+        check_choice("pairs", pairs, get_args(Pairs))
+        check_choice("form", form, get_args(Form))
+        check_choice("distance", distance, get_args(Distance))
+        self.pairs: Pairs = pairs
         self.form: Form = form
         self.distance: Distance = distance
 

@@ -189,7 +189,7 @@ class ClassObjective:
             if self.name == "root_likelihood":
                 return gaussian_mixture_error(errors_TK, log_weights_TK)
             return sampled_error(errors_TK, log_weights_TK, draw_assignments(log_weights_TK, self.context))
-        targets_TC = smoothed_targets(labels_T, log_probs_AC.shape[-1], label_smoothing).to(log_probs_AC)
+        targets_TC = smoothed_targets(labels_T, log_probs_AC.shape[-1], label_smoothing, log_probs_AC.dtype)
         if self.name == "cooperative":
             return cooperative_error(log_probs_AC.exp(), routing, targets_TC)
         errors_TK = squared_errors(log_probs_AC.exp(), routing, targets_TC)
@@ -197,6 +197,8 @@ class ClassObjective:
         return error(errors_TK, log_weights_TK)
 
 
-def smoothed_targets(labels_T: Tensor, num_classes: int, label_smoothing: float = 0.0) -> Tensor:
-    """(T, C) float32: one-hot, ``label_smoothing`` of each target spread evenly over all classes."""
-    return F.one_hot(labels_T, num_classes) * (1.0 - label_smoothing) + label_smoothing / num_classes
+def smoothed_targets(
+    labels_T: Tensor, num_classes: int, label_smoothing: float = 0.0, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """(T, C): one-hot, ``label_smoothing`` of each target spread evenly over all classes."""
+    return F.one_hot(labels_T, num_classes).to(dtype) * (1.0 - label_smoothing) + label_smoothing / num_classes

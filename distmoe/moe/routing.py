@@ -72,7 +72,8 @@ class Routing:
         softmax_weights: Whether a row's weights are the softmax of its assignments' logits: the logarithm of a weight
             is then known exactly, however small the weight.
         load_TE: (T, E) smooth estimate of the chance that a token chooses an expert (noisy gates), or None.
-        tokens_T: (T, ...) what the gate saw, without gradient, for losses that compare tokens; None once detached.
+        tokens_T: (T, ...) what the gate saw, without gradient, for losses that compare tokens; None outside training
+            and once detached.
         queries_T: (T, h) what an attentive gate asks the experts, until it has weighed.
         mixing: Soft MoE's way from tokens into slots and back, or None.
     """

@@ -142,7 +142,7 @@ def _points(routing: Routing, inputs_B: Tensor | None, distance: Distance, num_t
     """(P, ...): what distances are taken between, in the order of the tokens."""
     if distance == "tokens":
         if routing.tokens_T is None:
-            raise ValueError("the similarity of tokens needs a gate that keeps the tokens it saw")
+            raise ValueError("the similarity of tokens needs a routing made in training, which keeps the tokens")
         return routing.tokens_T.detach()
     if inputs_B is None:
         raise ValueError("the similarity of pixels needs the samples, not only their routing")

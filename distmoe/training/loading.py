@@ -195,4 +195,4 @@ def _read(source: Path, overrides: tuple[str, ...] | list[str]) -> tuple[RunConf
         raise UserError(
             f"model {source}: not a whole file written by `distmoe export` ({error}); export the run again"
         ) from None
-    return parse_config(merge_overrides(values, overrides), str(source)), spec, weights
+    return parse_config(merge_overrides(values, overrides, RunConfig), str(source)), spec, weights

@@ -242,5 +242,5 @@ def load_step(folder: RunFolder, step: int) -> TrainingState:
 )
 def test_more_frozen_experts_than_there_are_is_an_error(run: Run, tmp_path: Path, overrides: list[str], message: str):
     with pytest.raises(UserError, match=message):
-        run("run", *overrides)
+        run("run", "model.init_from=elsewhere", *overrides)
     assert list(tmp_path.iterdir()) == []

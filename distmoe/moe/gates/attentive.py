@@ -26,7 +26,7 @@ class AttentiveGate(Gate):
         k: In evaluation, the k best answers only, renormalised; None: all.
 
     Raises:
-        ValueError: k out of range, or set in training; experts without hidden states, or of another width.
+        ValueError: k out of range, or set in training; hidden states of another width.
 
     Source: Krishnamurthy, Watkins and Gaertner 2023 (arXiv:2302.14703), as in the authors' code.
     """
@@ -66,17 +66,15 @@ class AttentiveGate(Gate):
             logits_TE=None,
             probs_TE=None,
             rows_per_sample=context.rows_per_sample,
-            tokens_T=x_T.detach(),
+            tokens_T=self.kept_tokens(x_T, context),
             queries_T=query_Th,
         )
 
-    def weigh(self, routing: Routing, gathered_A: Tensor | tuple[Tensor, ...]) -> Routing:
-        """The routing with logits, probabilities and weights, from (outputs, hidden states (A, hidden))."""
-        if not isinstance(gathered_A, tuple):
-            raise ValueError("an attentive gate needs experts that give (output, hidden state)")
+    def weigh(self, routing: Routing, hidden_A: Tensor) -> Routing:
+        """The routing with logits, probabilities and weights, from the hidden states (A, hidden)."""
         query_Th = routing.queries_T
         assert query_Th is not None, "this routing has been weighed"
-        hidden_A = at_least_float32(gathered_A[1])
+        hidden_A = at_least_float32(hidden_A)
         if hidden_A.shape[1:] != (self.key.in_features,):
             raise ValueError(f"hidden states of shape {tuple(hidden_A.shape)}, not (A, {self.key.in_features})")
         with torch.autocast(hidden_A.device.type, enabled=False):

@@ -1,6 +1,8 @@
 """What every gate is: a network that gives logits, and a rule that turns them into a routing."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -18,23 +20,38 @@ class Gate(nn.Module, ABC):
 
     Args:
         network: Maps tokens (T, ...) to (T, :attr:`num_outputs`), mostly logits. It always runs in float32 (float64 for
-            such tokens), outside autocast: in half precision, rounding flips the choice of expert. None for gates that
-            learn nothing.
+            such tokens), outside autocast: in half precision, rounding flips the choice of expert. For the same reason
+            the gate's weights and buffers stay float32 where a model around it becomes half precision. None for gates
+            that learn nothing.
         num_experts: E.
 
     Attributes:
         balancer: State that keeps the load even and is updated once an optimizer step, or None.
-        needs_hidden: Whether :meth:`weigh` needs the experts' hidden states beside their outputs.
+        needs_hidden: Whether weights come from :meth:`weigh`, which needs the experts' hidden states.
+        noisy: Whether the gate draws random numbers in training.
     """
 
     balancer: Balancer | None
     needs_hidden = False
+    noisy = False
 
     def __init__(self, network: nn.Module | None, num_experts: int) -> None:
         super().__init__()
         self.network = network
         self.num_experts = num_experts
         self.balancer = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What ``to``, ``half`` and the like are made of: floating point stays float32 or wider, unrounded."""
+
+        def wide(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if not moved.is_floating_point() or moved.element_size() >= torch.float32.itemsize:
+                return moved
+            return tensor.to(moved.device, torch.float32)  # from the tensor itself: fn has rounded its values
+
+        super()._apply(wide, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def logits(self, x_T: Tensor) -> Tensor:
         """(T, :attr:`num_outputs`) outputs of the network for tokens (T, ...), float32 or wider.
@@ -58,10 +75,18 @@ class Gate(nn.Module, ABC):
     def route(self, x_T: Tensor, context: Context) -> Routing:
         """The routing of tokens (T, ...), in which rows of a sample are neighbours (``context.rows_per_sample``)."""
 
-    def weigh(self, routing: Routing, gathered_A: Tensor | tuple[Tensor, ...]) -> Routing:
-        """The routing with its final weights, given the experts' outputs in assignment order; here unchanged."""
-        del gathered_A
+    def weigh(self, routing: Routing, hidden_A: Tensor) -> Routing:
+        """The routing with its final weights, from the experts' hidden states (A, hidden) in assignment order.
+
+        Here it is unchanged; see :attr:`needs_hidden`.
+        """
+        del hidden_A
         return routing
+
+    @staticmethod
+    def kept_tokens(x_T: Tensor, context: Context) -> Tensor | None:
+        """What a routing keeps of the tokens: in evaluation nothing, or every layer's input would stay in memory."""
+        return x_T.detach() if context.training else None
 
     @property
     def experts_per_row(self) -> float:

@@ -72,7 +72,7 @@ class DenseGate(TokenChoiceGate):
             probs_TE=scores.probs_TE,
             rows_per_sample=context.rows_per_sample,
             softmax_weights=True,
-            tokens_T=x_T.detach(),
+            tokens_T=self.kept_tokens(x_T, context),
         )
 
 
@@ -96,5 +96,5 @@ class UniformGate(Gate):
             logits_TE=None,
             probs_TE=probs_TE,
             rows_per_sample=context.rows_per_sample,
-            tokens_T=x_T.detach(),
+            tokens_T=self.kept_tokens(x_T, context),
         )

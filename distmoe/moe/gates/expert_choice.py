@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from distmoe.contracts import Context
 from distmoe.moe.gates.base import Gate
-from distmoe.moe.groups import Group, RoutingGroups, expert_capacity
+from distmoe.moe.gates.token_choice import largest
+from distmoe.moe.groups import Group, RoutingGroups, check_group, expert_capacity
 from distmoe.moe.routing import Routing
 
 
@@ -23,7 +24,7 @@ class ExpertChoiceGate(Gate):
             its batch.
 
     Raises:
-        ValueError: The capacity factor is not in (0, E].
+        ValueError: The capacity factor is not in (0, E]; a group that is none.
 
     Source: Zhou et al. 2022 (arXiv:2202.09368) section 3.2. Differs: the capacity is rounded up, so that an expert
     has work in a small group too; no limit on the experts of a token (their section 3.3).
@@ -37,6 +38,7 @@ class ExpertChoiceGate(Gate):
             raise ValueError(
                 f"capacity_factor ({capacity_factor}) must be above 0 and at most the number of experts ({num_experts})"
             )
+        check_group(group)
         self.capacity_factor = capacity_factor
         self.group: Group = group
 
@@ -60,18 +62,18 @@ class ExpertChoiceGate(Gate):
             logits_TE=logits_TE,
             probs_TE=probs_TE,
             rows_per_sample=context.rows_per_sample,
-            tokens_T=x_T.detach(),
+            tokens_T=self.kept_tokens(x_T, context),
         )
 
     def _choices(self, probs_TE: Tensor, groups: RoutingGroups) -> tuple[Tensor, Tensor]:
         device = probs_TE.device
         # A filled-up place ranks below every token, whose probability is at least 0.
         scores_GEN = groups.fold(probs_TE, fill=-1.0).transpose(1, 2)
-        ranked_GEN = scores_GEN.sort(dim=-1, descending=True, stable=True).indices
-        capacities = [expert_capacity(self.capacity_factor, 1, size, self.num_experts) for size in groups.sizes()]
-        capacities_G = torch.tensor(capacities, dtype=torch.long, device=device)
-        taken_GEN = torch.arange(groups.group_rows, device=device) < capacities_G.view(-1, 1, 1)
-        taken_GEN = taken_GEN.expand(-1, self.num_experts, -1)
+        most = expert_capacity(self.capacity_factor, 1, groups.group_rows, self.num_experts)
+        ranked_GEK = largest(scores_GEN.flatten(0, 1), most).view(groups.num_groups, self.num_experts, most)
+        capacities_G = groups.capacities(self.capacity_factor, 1, self.num_experts, device)
+        taken_GEK = torch.arange(most, device=device) < capacities_G.view(-1, 1, 1)
+        taken_GEK = taken_GEK.expand(-1, self.num_experts, -1)
         starts_G11 = (torch.arange(groups.num_groups, device=device) * groups.group_rows).view(-1, 1, 1)
         experts_1E1 = torch.arange(self.num_experts, device=device).view(1, -1, 1)
-        return (ranked_GEN + starts_G11)[taken_GEN], experts_1E1.expand(taken_GEN.shape)[taken_GEN]
+        return (ranked_GEK + starts_G11)[taken_GEK], experts_1E1.expand(taken_GEK.shape)[taken_GEK]

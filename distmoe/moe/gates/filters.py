@@ -83,7 +83,7 @@ class FilterGate(Gate):
             probs_TE=as_told(weights_TCE) if self.softmax else None,
             rows_per_sample=context.rows_per_sample,
             softmax_weights=self.softmax,
-            tokens_T=x_T.detach(),
+            tokens_T=self.kept_tokens(x_T, context),
         )
 
 

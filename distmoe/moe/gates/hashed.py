@@ -1,12 +1,13 @@
 """Hash gate: a fixed choice that looks at nothing but which token it is."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from distmoe import noise
 from distmoe.contracts import Context
+from distmoe.moe.choices import check_choice
 from distmoe.moe.gates.base import token_counters
 from distmoe.moe.gates.token_choice import Priority, Scores, TokenChoiceGate, largest
 from distmoe.moe.groups import Group
@@ -18,7 +19,8 @@ class HashGate(TokenChoiceGate):
     """k experts by a hash of the token's identity, each weighted 1 / k: a control that learns no gate.
 
     The same token gets the same experts in every epoch, with every seed, in training and evaluation, in every layout;
-    another layer hashes to others.
+    another layer hashes to others. That needs a context, which knows the sample: without one (a layer inside somebody's
+    own model) a sample is hashed by its place in the batch, so that it gets other experts in another batch.
 
     Args:
         num_experts: E.
@@ -28,7 +30,7 @@ class HashGate(TokenChoiceGate):
         group: As there.
 
     Raises:
-        ValueError: k or the capacity factor out of range.
+        ValueError: k, the capacity factor or the group out of range; an unknown ``by``.
 
     Source: Roller et al. 2021 (arXiv:2106.04426) section 3. Differs: words have identities, image patches do not, so
     that the sample and the position take their place; k experts are averaged, not concatenated.
@@ -46,6 +48,7 @@ class HashGate(TokenChoiceGate):
     ) -> None:
         priority: Priority = "position"
         super().__init__(None, num_experts, k, False, capacity_factor, group, priority)
+        check_choice("by", by, get_args(HashedBy))
         self.by: HashedBy = by
 
     def scores(self, x_T: Tensor, context: Context) -> Scores:

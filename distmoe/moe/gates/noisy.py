@@ -37,6 +37,8 @@ class NoisyTopKGate(TokenChoiceGate):
     gives the same weights; 1e-6 is added to the learned sigma; the network need not start at zero.
     """
 
+    noisy = True
+
     def __init__(
         self,
         network: nn.Module,

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from distmoe.contracts import Context
 from distmoe.moe.gates.base import Gate
-from distmoe.moe.groups import Group, RoutingGroups
+from distmoe.moe.groups import Group, RoutingGroups, check_group
 from distmoe.moe.routing import Routing, SlotMixing
 
 
@@ -25,7 +25,7 @@ class SoftGate(Gate):
             sample that is one token fills every slot with itself, which makes the layer a dense mixture over slots.
 
     Raises:
-        ValueError: Fewer slots than 1.
+        ValueError: Fewer slots than 1; a group that is none.
 
     Source: Puigcerver et al. 2023 (arXiv:2308.00951) section 2.1. Differs: the logits are those of any network, the
     paper's are cosines times a learned scale (section 2.3); the last routing group may be smaller.
@@ -35,6 +35,7 @@ class SoftGate(Gate):
         super().__init__(network, num_experts)
         if slots_per_expert < 1:
             raise ValueError(f"slots_per_expert ({slots_per_expert}) must be at least 1")
+        check_group(group)
         self.slots_per_expert = slots_per_expert
         self.group: Group = group
 
@@ -61,6 +62,6 @@ class SoftGate(Gate):
             logits_TE=by_expert_TEP.logsumexp(dim=-1),
             probs_TE=out_of_TS.unflatten(1, (self.num_experts, self.slots_per_expert)).sum(dim=-1),
             rows_per_sample=context.rows_per_sample,
-            tokens_T=x_T.detach(),
+            tokens_T=self.kept_tokens(x_T, context),
             mixing=SlotMixing(groups, into_GNS, groups.fold(out_of_TS)),
         )

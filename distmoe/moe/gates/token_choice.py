@@ -3,14 +3,15 @@
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from distmoe.contracts import Context
+from distmoe.moe.choices import check_choice
 from distmoe.moe.gates.base import Gate
-from distmoe.moe.groups import Group, RoutingGroups, expert_capacity
+from distmoe.moe.groups import Group, RoutingGroups, check_group
 from distmoe.moe.routing import Routing
 
 Priority = Literal["position", "score"]
@@ -55,7 +56,7 @@ class TokenChoiceGate(Gate):
             token with the most probable first choice (batch-prioritised routing of V-MoE); ties by position.
 
     Raises:
-        ValueError: k or the capacity factor out of range.
+        ValueError: k, the capacity factor or the group out of range; an unknown priority.
 
     Source: capacity: Lepikhin et al. 2020 (arXiv:2006.16668) algorithm 1, for any k and without its random choice of
     the second expert; priority: Riquelme et al. 2021 (arXiv:2106.05974) section 4.1, inside a routing group instead of
@@ -81,6 +82,8 @@ class TokenChoiceGate(Gate):
             raise ValueError(
                 f"capacity_factor ({capacity_factor}) must be above 0 and finite, or None for dropless routing"
             )
+        check_group(group)
+        check_choice("priority", priority, get_args(Priority))
         self.k = k
         self.renormalize = renormalize
         self.capacity_factor = capacity_factor
@@ -126,7 +129,7 @@ class TokenChoiceGate(Gate):
             wanted_E=wanted_E,
             softmax_weights=self.softmax_weights and self.renormalize and scores.logits_TE is not None,
             load_TE=scores.load_TE,
-            tokens_T=x_T.detach(),
+            tokens_T=self.kept_tokens(x_T, context),
         )
 
     def _within_capacity(self, expert_ids_TK: Tensor, probs_TE: Tensor, context: Context) -> Tensor:
@@ -137,9 +140,7 @@ class TokenChoiceGate(Gate):
         if self.priority == "score":
             first_T = probs_TE.gather(1, expert_ids_TK[:, :1]).squeeze(1)
             served_T = first_T.argsort(descending=True, stable=True)
-        capacities_G = [
-            expert_capacity(self.capacity_factor, self.k, size, self.num_experts) for size in groups.sizes()
-        ]
+        capacities_G = groups.capacities(self.capacity_factor, self.k, self.num_experts, expert_ids_TK.device)
         return first_come(expert_ids_TK, groups, capacities_G, self.num_experts, served_T).flatten()
 
 
@@ -159,14 +160,14 @@ def largest(ranking_TE: Tensor, k: int) -> Tensor:
 
 
 def first_come(
-    expert_ids_TK: Tensor, groups: RoutingGroups, capacities_G: list[int], num_experts: int, served_T: Tensor | None
+    expert_ids_TK: Tensor, groups: RoutingGroups, capacities_G: Tensor, num_experts: int, served_T: Tensor | None
 ) -> Tensor:
     """(T, K) bool: which choices fit, all first choices of a group before all second choices.
 
     Args:
         expert_ids_TK: Choices of each token, best first.
         groups: Of the tokens.
-        capacities_G: Tokens that an expert takes from each group.
+        capacities_G: (G,) tokens that an expert takes from each group.
         num_experts: E.
         served_T: Tokens in the order in which they are served; None: as they come.
     """
@@ -183,4 +184,4 @@ def first_come(
     places[order] = torch.arange(len(order), device=device) - starts
     places_KT = torch.empty(k, num_rows, dtype=torch.long, device=device)
     places_KT[:, served_T] = places.view(k, num_rows)
-    return (places_KT < torch.tensor(capacities_G, dtype=torch.long, device=device)[group_ids_T]).T
+    return (places_KT < capacities_G[group_ids_T]).T

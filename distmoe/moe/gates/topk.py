@@ -53,6 +53,8 @@ class SwitchGate(TopKGate):
     Source: Fedus et al. 2021 (arXiv:2101.03961) section 2.1, jitter: appendix C (1e-2 there).
     """
 
+    noisy = True
+
     def __init__(
         self,
         network: nn.Module,

@@ -340,6 +340,33 @@ def test_message_names_place_value_and_what_is_allowed(tmp_path: Path, override:
     assert found == f"{tmp_path / 'run.yaml'}: {expected}"
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected", "left_out"),
+    [
+        (["moe.gate.name=soft"], {"name": "soft", "group": 2}, ["k", "renormalize"]),
+        (["moe.gate.name=switch"], {"name": "switch", "group": 2}, ["k", "renormalize"]),
+        (["moe.gate.name=sigmoid", "moe.gate.k=3"], {"name": "sigmoid", "k": 3, "group": 2, "renormalize": False}, []),
+    ],
+)
+def test_another_choice_of_a_union_leaves_out_what_only_the_former_one_has(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    overrides: list[str],
+    expected: dict[str, Any],
+    left_out: list[str],
+):
+    content = "moe: {gate: {name: topk, k: 2, renormalize: false, group: 2}}"
+    moe = load(tmp_path, content, *overrides).moe
+    assert moe is not None
+    assert moe.gate.model_dump(exclude_unset=True) == expected
+    assert [record.args[2] for record in caplog.records] == left_out  # type: ignore[index]
+
+
+def test_a_misspelt_key_is_an_error_whatever_is_chosen(tmp_path: Path):
+    found = message(tmp_path, "moe: {gate: {name: topk, kk: 2}}", "moe.gate.name=soft")
+    assert "moe.gate.kk: unknown key" in found
+
+
 @pytest.mark.parametrize("override", ["seed", "=3", "seed..x=1", ".seed=1", "seed.=1", ""])
 def test_override_that_is_none(tmp_path: Path, override: str):
     expected = f"override {override!r}: must look like section.field=value, e.g. optim.lr=0.01"

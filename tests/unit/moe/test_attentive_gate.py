@@ -23,7 +23,7 @@ def test_weights_are_the_softmax_of_query_times_key_by_hand():
     assert asked.queries_T.tolist() == [[2.0, 10.0, 10.0, 0.0], [0.0, 0.0, 0.0, 2.0]]
     # Hidden states of experts 0 and 1 for token 0, then for token 1; a key is (h, 0, 0, 3h).
     hidden = torch.tensor([[1.0], [2.0], [0.5], [0.0]])
-    routing = gate.weigh(asked, (torch.zeros(4, 3), hidden))
+    routing = gate.weigh(asked, hidden)
     # Token 0: 2 * 1 / 2 and 2 * 2 / 2. Token 1: 2 * 1.5 / 2 and 0.
     assert routing.logits_TE.tolist() == [[1.0, 2.0], [1.5, 0.0]]
     expected = [1 / (1 + 2.718281828), 2.718281828 / (1 + 2.718281828), 4.48168907 / 5.48168907, 1 / 5.48168907]
@@ -109,7 +109,7 @@ def test_keys_are_as_wide_as_queries_where_nothing_else_is_said():
     # As in the source, where gate and experts have hidden layers of one width.
     gate = AttentiveGate(Given(), 2, width=6)
     assert gate.key.weight.shape == gate.query.weight.shape == (6, 6)
-    routing = gate.weigh(gate.route(tokens(1, 6), context(1)), (torch.zeros(2, 1), tokens(2, 6, seed=2)))
+    routing = gate.weigh(gate.route(tokens(1, 6), context(1)), tokens(2, 6, seed=2))
     expected = attentive_weights(
         (gate.query.weight @ tokens(1, 6)[0]).tolist(), [(gate.key.weight @ h).tolist() for h in tokens(2, 6, seed=2)]
     )

@@ -49,6 +49,14 @@ def test_who_is_ahead_by_more_than_the_margin_is_excluded(totals, excluded):
     assert gate.balancer.excluded(context()).tolist() == excluded
 
 
+@pytest.mark.parametrize("total", [0.1, 0.7])
+def test_of_equal_totals_nobody_is_ahead_however_the_mean_is_rounded(total):
+    for num_experts in (3, 6):
+        gate = identity_gate(num_experts, margin=0.0)
+        gate.balancer.totals_E += total  # the mean of six 0.1, or of three 0.7, lies below each of them in float64
+        assert gate.balancer.excluded(context()).tolist() == [False] * num_experts
+
+
 def test_the_others_are_renormalised():
     gate = identity_gate(3, margin=1.0)
     total_of(gate, [4.0, 1.0, 1.0])

@@ -41,6 +41,22 @@ def test_ties_go_to_the_earlier_token():
     assert pairs(routing) == [(row, expert) for expert in range(2) for row in range(4)]
 
 
+@pytest.mark.parametrize("num_rows", [32, 36])  # a capacity of 8, picked one by one, and of 9, sorted
+def test_large_and_small_capacities_give_the_same_order(num_rows):
+    # Expert 2's logits are 0, 1, 2 in turn; equals are taken in the order of the tokens.
+    logits = torch.zeros(2 * num_rows, 4)
+    logits[:, 2] = (torch.arange(2 * num_rows) % 3).float()
+    routing = ExpertChoiceGate(Given(), 4, capacity_factor=1.0).route(logits, context(2 * num_rows, num_rows))
+    expected = []
+    for start in (0, num_rows):
+        rows = range(start, start + num_rows)
+        falling = sorted(rows, key=lambda row: -(row % 3))
+        rising = sorted(rows, key=lambda row: row % 3)  # where expert 2 has much, the others have little
+        for expert in range(4):
+            expected += [(row, expert) for row in (falling if expert == 2 else rising)[: num_rows // 4]]
+    assert pairs(routing) == expected
+
+
 @given(
     num_samples=st.integers(0, 5),
     rows_per_sample=st.integers(1, 5),

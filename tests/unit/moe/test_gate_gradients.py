@@ -49,7 +49,7 @@ def test_weights_logits_probabilities_and_load_of_a_gate(form):
 
     def routed(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         routing = gate.route(x, of(form))
-        routing = gate.weigh(routing, (hidden, hidden)) if gate.needs_hidden else routing
+        routing = gate.weigh(routing, hidden) if gate.needs_hidden else routing
         mixing = (routing.mixing.into_GNS, routing.mixing.out_of_GNS) if routing.mixing else ()
         outputs = (routing.weights_A, routing.logits_TE, routing.probs_TE, routing.load_TE, *mixing)
         return tuple(one for one in outputs if one is not None and one.requires_grad)
@@ -66,7 +66,7 @@ def test_hidden_states_of_an_attentive_gate():
 
     def weighed(hidden_A: torch.Tensor) -> torch.Tensor:
         routing = gate.route(x, Context(0, 0, torch.arange(3), True))
-        return gate.weigh(routing, (hidden_A, hidden_A)).weights_A
+        return gate.weigh(routing, hidden_A).weights_A
 
     hidden_A = tokens(3 * NUM_EXPERTS, HIDDEN, seed=4, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(weighed, (hidden_A,))

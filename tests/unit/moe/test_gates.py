@@ -1,5 +1,6 @@
 """What all gates promise, each checked in all its forms; what a single gate computes is in the file of its name."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from distmoe.moe.gates import GATES, build_gate
 from distmoe.moe.gates.base import Gate, token_counters
 from distmoe.moe.layer import MoELayer
 from distmoe.moe.routing import Routing
-from tests.oracles import mlp_experts, sigmoid, softmax
+from tests.oracles import groups_of_rows, mlp_experts, sigmoid, softmax
 from tests.unit.moe.gate_forms import (
     ALL_FORMS,
     FORMS,
@@ -30,6 +31,7 @@ from tests.unit.moe.gate_forms import (
     forms_that,
     pairs,
     tokens,
+    triples,
 )
 
 SAMPLES, ROWS = 4, 3  # four samples of three tokens
@@ -116,6 +118,44 @@ def test_a_sample_gets_the_same_alone_as_among_others(form):
         torch.testing.assert_close(alone[0], y[sample], rtol=1e-5, atol=1e-6)
 
 
+EQUIVARIANT = {name: form for name, form in FORMS.items() if form.name != "hash"} | {
+    "prioritised-batch": Form("topk", {"k": 2, "capacity_factor": 0.7, "group": "batch", "priority": "score"})
+}
+for _served_as_they_come in ("topk-capacity", "topk-batch", "switch-capacity"):
+    del EQUIVARIANT[_served_as_they_come]
+
+
+@given(
+    name=st.sampled_from(sorted(EQUIVARIANT)),
+    num_samples=st.integers(1, 5),
+    rows=st.integers(1, 6),
+    seed=st.integers(0, 99),
+    data=st.data(),
+)
+@settings(deadline=None, max_examples=150, derandomize=True)
+def test_permuted_tokens_of_a_group_are_routed_as_before(name, num_samples, rows, seed, data):
+    form = EQUIVARIANT[name]
+    layer = form.layer(seed=seed).double()
+    x = tokens(num_samples, rows, WIDTH, seed=seed, dtype=torch.float64)
+    num_rows = num_samples * rows
+    group = form.settings.get("group", "image")
+    group_rows = num_rows if group == "batch" else rows * (1 if group == "image" else group)
+    order = [row for some in groups_of_rows(num_rows, group_rows) for row in data.draw(st.permutations(some))]
+    of = context(num_samples, training=False)  # without noise, which belongs to a position
+    y, routing = through(layer, x, of)
+    permuted, again = through(layer, x.flatten(0, 1)[order].view_as(x), of)
+    torch.testing.assert_close(permuted.flatten(0, 1), y.flatten(0, 1)[order], rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(again.probs_TE, routing.probs_TE[order], rtol=1e-9, atol=1e-11)
+    if routing.mixing is None:
+        before = {(row, expert): weight for row, expert, weight in triples(routing)}
+        after = {(order[row], expert): weight for row, expert, weight in triples(again)}
+        assert after == pytest.approx(before, rel=1e-9)
+        return
+    for one in ("into_GNS", "out_of_GNS"):  # Slots stay what they were; the tokens' places in them move.
+        weights, moved = (mixed.mixing.groups.unfold(getattr(mixed.mixing, one)) for mixed in (routing, again))
+        torch.testing.assert_close(moved, weights[order], rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("form", forms_that(lambda form: not form.alone))
 def test_a_group_of_several_samples_couples_them(form):
     layer, x = form.layer(), tokens(SAMPLES, ROWS, WIDTH)
@@ -163,7 +203,7 @@ def routed(gate: Gate, x: torch.Tensor, of: Context) -> Routing:
     """Of the gate alone, which asks for hidden states where it needs them."""
     routing = gate.route(x.flatten(0, 1), replace(of, rows_per_sample=ROWS))
     answers = tokens(SAMPLES * ROWS * NUM_EXPERTS, HIDDEN).to(x.dtype)
-    return gate.weigh(routing, (answers, answers)) if gate.needs_hidden else routing
+    return gate.weigh(routing, answers) if gate.needs_hidden else routing
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -174,6 +214,48 @@ def test_the_gate_works_in_float32_on_half_precision_tokens(form, dtype):
     assert routing.weights_A.dtype == routing.probs_TE.dtype == torch.float32
     if not gate.needs_hidden:
         assert_same_bits((half, routing), (half, routed(gate, half.float(), samples(form))))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", ALL_FORMS)
+def test_a_layer_in_half_precision_runs_with_the_float32_gate_it_had(form, dtype):
+    layer, half = form.layer(), tokens(SAMPLES, ROWS, WIDTH).to(dtype)
+    gate = copy.deepcopy(layer.gate)
+    layer = layer.half() if dtype == torch.float16 else layer.to(dtype)
+    kept = [*layer.gate.parameters(), *layer.gate.buffers()]
+    assert {one.dtype for one in kept} <= {torch.float32}
+    assert {one.dtype for one in layer.experts.parameters()} == {dtype}
+    assert_same_bits((half, routed(layer.gate, half, samples(form))), (half, routed(gate, half, samples(form))))
+    x = half.clone().requires_grad_()
+    y, _ = layer(x, samples(form))
+    (y.float() * tokens(SAMPLES, ROWS, WIDTH, seed=2)).sum().backward()
+    assert y.dtype == x.grad.dtype == dtype
+    gradients = [one.grad for one in layer.parameters()]
+    assert all(bool(one.isfinite().all()) for one in [y, x.grad, *gradients])
+    exact, _ = through(form.layer(), half.float(), samples(form))
+    # bfloat16 keeps 8 bits: the experts' weights, and their products of a few terms of size about 1, are off by it.
+    torch.testing.assert_close(y.float(), exact, rtol=0.05, atol=0.05)
+
+
+def test_a_gate_moves_and_changes_between_the_wide_types_as_any_module():
+    layer = FORMS["dense-constrained"].layer()
+    weights = layer.gate.network.weight.detach().clone()
+    layer.double().to(torch.bfloat16)  # a gate of another type than its tokens could not run
+    assert layer.gate.network.weight.dtype == layer.gate.balancer.totals_E.dtype == torch.float32
+    assert torch.equal(layer.gate.network.weight, weights)
+    assert layer.double().gate.network.weight.dtype == torch.float64
+    assert layer.half().to("meta").gate.network.weight.device.type == "meta"
+
+
+@pytest.mark.parametrize("form", ALL_FORMS)
+def test_tokens_are_kept_in_training_only(form):
+    layer, x = form.layer(), tokens(SAMPLES, ROWS, WIDTH)
+    if form.trained:
+        _, routing = layer(x.requires_grad_(), samples(form))
+        assert torch.equal(routing.tokens_T, x.detach().flatten(0, 1))
+        assert not routing.tokens_T.requires_grad
+    _, routing = layer(x, replace(samples(form), training=False))
+    assert routing.tokens_T is None
 
 
 @pytest.mark.parametrize("form", ALL_FORMS)

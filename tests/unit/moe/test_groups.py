@@ -25,14 +25,15 @@ CPU = torch.device("cpu")
 )
 def test_groups_are_cut_in_sample_order(group, group_rows, sizes):
     groups = RoutingGroups.of(15, context(15, rows_per_sample=3), group)
-    assert (groups.group_rows, groups.num_groups, groups.sizes()) == (group_rows, len(sizes), sizes)
+    assert (groups.group_rows, groups.num_groups) == (group_rows, len(sizes))
     assert groups.ids(CPU).tolist() == [number for number, size in enumerate(sizes) for _ in range(size)]
 
 
 @pytest.mark.parametrize("group", ["image", 2, "batch"])
 def test_no_rows_are_no_groups(group):
     groups = RoutingGroups.of(0, context(0, rows_per_sample=3), group)
-    assert (groups.num_groups, groups.sizes(), groups.ids(CPU).tolist()) == (0, [], [])
+    assert (groups.num_groups, groups.ids(CPU).tolist()) == (0, [])
+    assert groups.capacities(1.25, 2, 4, CPU).tolist() == []
     folded = groups.fold(torch.zeros(0, 4), fill=-1.0)
     assert folded.shape == (0, groups.group_rows, 4)
     assert groups.unfold(folded).shape == (0, 4)
@@ -57,9 +58,9 @@ def test_folding_fills_up_the_last_group_and_unfolding_takes_the_filling_away(nu
     assert torch.equal(groups.unfold(folded), x)
 
 
-def test_a_group_of_no_images_is_refused():
-    for group in (0, -1):
-        with pytest.raises(ValueError, match=rf"group \({group}\) must be image, batch, or a number of images"):
+def test_what_is_no_group_is_refused():
+    for group in (0, -1, "images", 1.5, True, None):
+        with pytest.raises(ValueError, match=rf"group \({group!r}\) must be image, batch, or a number of images"):
             RoutingGroups.of(4, context(4), group)
 
 
@@ -77,10 +78,30 @@ def test_a_group_of_no_images_is_refused():
         (1.1, 1, 10, 1, 10),
         (0.7, 1, 10, 7, 1),  # exactly 1: in floating point 0.7 * 10 / 7 may be above it
         (1, 2, 6, 3, 4),
+        (1.1, 1, 50, 5, 11),  # exactly 11: in floating point 1.1 * 50 / 5 is above it
+        (1.1, 2, 25, 5, 11),
     ],
 )
 def test_capacity_is_the_even_share_times_the_factor_rounded_up(factor, k, rows, num_experts, expected):
     assert expert_capacity(factor, k, rows, num_experts) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "group_rows", "expected"),
+    [(150, 50, [11, 11, 11]), (125, 50, [11, 11, 6]), (101, 50, [11, 11, 1]), (30, 50, [7]), (0, 50, [])],
+)
+def test_every_group_has_the_capacity_of_its_rows(num_rows, group_rows, expected):
+    # 1.1 / 5 of 50, 25, 1 and 30 rows: 11, 5.5, 0.22 and 6.6, rounded up.
+    capacities = RoutingGroups(num_rows, group_rows).capacities(1.1, 1, 5, CPU)
+    assert (capacities.tolist(), capacities.dtype) == (expected, torch.int64)
+
+
+@given(num_rows=st.integers(0, 40), group_rows=st.integers(1, 9), k=st.integers(1, 3), num_experts=st.integers(1, 7))
+@settings(deadline=None, max_examples=80, derandomize=True)
+def test_capacities_are_those_of_each_group_alone(num_rows, group_rows, k, num_experts):
+    sizes = [len(rows) for rows in groups_of_rows(num_rows, group_rows)]
+    expected = [min(math.ceil(Fraction(7 * k * size, 10 * num_experts)), size) for size in sizes]
+    assert RoutingGroups(num_rows, group_rows).capacities(0.7, k, num_experts, CPU).tolist() == expected
 
 
 @given(hundredths=st.integers(1, 500), k=st.integers(1, 8), rows=st.integers(1, 300), num_experts=st.integers(1, 64))

@@ -197,7 +197,7 @@ def test_cooperative_experts_share_their_cases_and_the_others_take_a_pair_each(c
         assert apart[name] > 0.8
 
 
-def test_the_gaussian_mixture_gives_each_case_an_expert_of_its_own_in_fewer_epochs(courses):
+def test_the_gaussian_mixture_makes_the_experts_good_alone_in_fewer_epochs(courses):
     # Until the experts by themselves are within 0.1, with each error's own best step. Measured, means over 16 runs:
     # competitive 321, Gaussian 303, Gaussian of standard deviation 1/2 277. Less than the paper makes one expect: with
     # outputs and targets in [0, 1] errors are below 1, posteriors near the priors, and eq. 3 then is half of eq. 2.

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from distmoe.config import CNNNetwork, CosineNetwork, LinearNetwork, MLPNetwork
 from distmoe.contracts import Context
+from distmoe.moe.dispatch import LocalDispatcher
 from distmoe.moe.experts import MLPExperts, ModuleExperts
 from distmoe.moe.gates import GATES, build_gate
 from distmoe.moe.gates.dense import DenseGate
@@ -16,7 +17,18 @@ from distmoe.moe.gates.topk import TopKGate
 from distmoe.moe.layer import MoELayer
 from distmoe.moe.networks import PooledCNN, network_factory
 from tests.oracles import mixture_output, mlp_experts, top_k_choices
-from tests.unit.moe.gate_forms import FORMS, HIDDEN, SECTIONS, WIDTH, Form, Given, context, forms_that, tokens
+from tests.unit.moe.gate_forms import (
+    FORMS,
+    HIDDEN,
+    SECTIONS,
+    TRAINED_FORMS,
+    WIDTH,
+    Form,
+    Given,
+    context,
+    forms_that,
+    tokens,
+)
 
 ROUTED_FORMS = [name for name, form in FORMS.items() if form.name != "soft"]  # whose loop is in the file of that gate
 
@@ -34,7 +46,7 @@ def by_the_loop(moe: MoELayer, x: torch.Tensor, of: Context) -> torch.Tensor:
         w1, b1 = moe.experts.w1, moe.experts.b1
         hidden = [x_TD[row] @ w1[expert] + b1[expert] for row, expert in zip(rows, experts, strict=True)]
         hidden_A = torch.stack(hidden) if hidden else x_TD.new_zeros(0, HIDDEN)
-        routing = moe.gate.weigh(routing, (hidden_A, hidden_A))
+        routing = moe.gate.weigh(routing, hidden_A)
     return mixture_output(x_TD, rows, experts, routing.weights_A, functions_of(moe.experts)).reshape(x.shape)
 
 
@@ -189,6 +201,8 @@ def test_without_a_context_it_gives_the_same():
 class ContextKeeper(DenseGate):
     """Remembers what it was given."""
 
+    noisy = True
+
     def route(self, x_T, context):
         self.seen = context
         return super().route(x_T, context)
@@ -211,6 +225,38 @@ def test_without_a_context_noise_is_keyed_by_torchs_generator_in_training_only()
     assert torch.equal(torch.get_rng_state(), state)
     assert not gate.seen.training
     assert gate.seen.sample_ids.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("form", TRAINED_FORMS)
+def test_without_a_context_only_noisy_gates_draw_from_torchs_generator(form):
+    moe, x = form.layer(), tokens(4, 5, WIDTH)
+    state = torch.get_rng_state()
+    moe(x)
+    untouched = torch.equal(torch.get_rng_state(), state)
+    assert untouched == (form.name not in ("noisy_topk", "switch"))
+
+
+def test_only_hidden_states_come_back_before_an_attentive_gate_weighs():
+    class Seen(LocalDispatcher):
+        def gather(self, outputs, plan):
+            gathered.append(outputs)
+            return super().gather(outputs, plan)
+
+    class KeepingExperts(MLPExperts):
+        def forward(self, rows_R, rows_per_expert_L):
+            results.append(super().forward(rows_R, rows_per_expert_L))
+            return results[-1]
+
+    gathered, results = [], []
+    gate = FORMS["attentive"].gate(3)
+    moe = MoELayer(gate, KeepingExperts(range(3), WIDTH, HIDDEN, with_hidden=True), Seen(3))
+    moe(tokens(4, WIDTH), context(4))
+    assert len(gathered) == 1
+    assert gathered[0] is results[0][1]
+    # A gate that has its weights already asks for nothing back, whatever the experts show.
+    moe.gate = FORMS["topk-2"].gate(3)
+    moe(tokens(4, WIDTH), context(4))
+    assert len(gathered) == 1
 
 
 @pytest.mark.parametrize("form", forms_that(lambda form: form.settings == {}))
@@ -253,8 +299,10 @@ def test_two_threads_give_the_same_bits_every_time(name):
 
 def test_what_does_not_fit_is_refused_with_the_reason():
     gate = DenseGate(nn.Linear(WIDTH, 3), 3)
-    with pytest.raises(ValueError, match="2 experts for a gate that chooses among 3"):
-        MoELayer(gate, MLPExperts(range(2), WIDTH, HIDDEN))
+    for ids in (range(2), range(1, 4), range(2, -1, -1), range(4)):
+        reason = rf"experts \{list(ids)} for a gate that chooses among 3: .* from 0 on"
+        with pytest.raises(ValueError, match=reason):
+            MoELayer(gate, MLPExperts(ids, WIDTH, HIDDEN))
     moe = MoELayer(gate, MLPExperts(range(3), WIDTH, HIDDEN))
     with pytest.raises(ValueError, match=r"an input of shape \[3\] has no axis before the 1 of a token"):
         moe(tokens(WIDTH))

@@ -316,7 +316,7 @@ def test_class_objectives_equal_loops_over_cases(name, smoothing):
     gate, scores, labels = random(5, 3), random(15, 4, number=1), [0, 3, 1, 1, 2]
     objective = ClassObjective(name, scores.log_softmax(-1), dense_routing(gate), context(5))
     found = objective(torch.tensor(labels), smoothing)
-    assert found.tolist() == pytest.approx(by_cases(name, gate, scores, labels, smoothing))
+    assert found.tolist() == pytest.approx(by_cases(name, gate, scores, labels, smoothing), rel=1e-12)
 
 
 def test_the_root_likelihood_is_that_of_square_roots():
