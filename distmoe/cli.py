@@ -144,7 +144,7 @@ def bench_layer(
     experts: Annotated[list[int] | None, typer.Option(help="E; repeat for several.  [8, 64]")] = None,
     k: Annotated[list[int] | None, typer.Option(help="Experts a token; repeat for several.  [1, 2, 4]")] = None,
     load: Annotated[list[str] | None, typer.Option(help="balanced or skewed; both if not given.")] = None,
-    rounds: Annotated[int, typer.Option(min=6, help="Timed rounds of each layer, in turn.")] = 7,
+    rounds: Annotated[int, typer.Option(min=6, help="Timed rounds of each layer, in turn.")] = 6,
     hidden: Annotated[int | None, typer.Option(help="H, hidden units of an expert.  [4 D up to D=256, then D]")] = None,
     rows_per_expert: Annotated[
         int | None, typer.Option(help="On average.  [256; on a CPU fewer where a layer would take long]")
@@ -154,7 +154,7 @@ def bench_layer(
 ) -> None:
     """Speed and memory of an MoE layer, of DeepSpeed's, a naive loop and a dense MLP of equal FLOPs.
 
-    24 comparisons if nothing is chosen: about 8 minutes on 2 CPU cores.
+    24 comparisons if nothing is chosen: about 7 minutes on 2 CPU cores.
     """
     shapes = (width or [192, 1024], experts or [8, 64], k or [1, 2, 4], load or ["balanced", "skewed"])
     for line in _load("bench_layer").bench_layer(*shapes, rounds, hidden, rows_per_expert, device, precision):

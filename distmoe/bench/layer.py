@@ -44,8 +44,8 @@ from distmoe.contracts import UserError
 
 _WIDE = 256  # above this width an expert's hidden layer is as wide as a token, otherwise four times as wide
 _ROWS = 256  # an expert, where all candidates can keep up
-_FEWEST_ROWS = 16
-_CPU_FLOPS = 420e9  # of the slowest candidate's step: about 3 s on two cores
+_FEWEST_ROWS = 8
+_CPU_FLOPS = 210e9  # of the slowest candidate's step: about 1.5 s on two cores; an even load of the widest fits
 _ROUND_SECONDS = 0.2  # fast steps are repeated in a round until it takes about this long
 _MOST_REPEATS = 10
 _MEMORY_SHARE = 0.8  # of the free memory that a candidate may take
@@ -102,7 +102,7 @@ def bench_layer(
     experts: Sequence[int],
     ks: Sequence[int],
     loads: Sequence[str],
-    rounds: int = 7,
+    rounds: int = 6,
     hidden: int | None = None,
     rows_per_expert: int | None = None,
     device: str | None = None,

@@ -42,9 +42,22 @@ class Shape:
         return self.num_tokens * self.k / self.num_experts
 
     @property
+    def fewest_rows(self) -> int:
+        """Rows of the expert that gets least."""
+        return int(self._rows().min())
+
+    @property
     def most_rows(self) -> int:
         """Rows of the expert that gets most: what a layer pads every expert to that has one size for all."""
-        return int(torch.bincount(self.expert_ids().flatten()).max())
+        return int(self._rows().max())
+
+    def _rows(self) -> Tensor:
+        return torch.bincount(self.expert_ids().flatten(), minlength=self.num_experts)
+
+    @property
+    def padding(self) -> float:
+        """How many times more rows a layer works on that pads every expert to the fullest."""
+        return self.num_experts * self.most_rows / (self.num_tokens * self.k)
 
     def expert_ids(self) -> Tensor:
         """(T, k) experts of each token, best first."""

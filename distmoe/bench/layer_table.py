@@ -12,9 +12,9 @@ from distmoe.bench.layer_candidates import Shape
 OURS, DEEPSPEED, LOOP, DENSE = "distmoe", "DeepSpeed MoE", "loop over masks", "dense MLP"
 
 DEEPSPEED_FLOOR = 0.97  # reached by the upper end of the interval
-SKEWED_FLOOR = 3.0  # by the median, as the next one
-DENSE_FLOOR = 0.95
-DENSE_ROWS = 256  # rows an expert from which the floor counts
+SKEWED_FLOOR = 3.0  # by the median, where DeepSpeed pads to as many times the rows: with 8 experts and k=4 to 2 at most
+DENSE_FLOOR = 0.95  # by the median, where every expert has as many rows as the next line says
+DENSE_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,9 @@ def format_header(rounds: int, device: torch.device, precision: str) -> Iterator
 
 def format_lines(shape: Shape, lines: Sequence[Line]) -> Iterator[str]:
     """One line a candidate."""
-    padded = shape.num_experts * shape.most_rows / (shape.num_tokens * shape.k)
     about = [shape.width, shape.hidden, shape.num_experts, shape.k, shape.load, f"{shape.num_tokens:,}"]
     for line in lines:
-        cells = [*map(str, about), f"{shape.rows_per_expert:,.0f}", f"{padded:.1f} x", line.name]
+        cells = [*map(str, about), f"{shape.rows_per_expert:,.0f}", f"{shape.padding:.1f} x", line.name]
         if isinstance(line, Skipped):
             yield _aligned([*cells, line.reason])
             continue
@@ -109,9 +108,9 @@ def _missed(shape: Shape, name: str, ratio: Estimate) -> Iterator[str]:
     said = f"{_ratio(ratio)} x {name}"
     if name == DEEPSPEED and ratio.high < DEEPSPEED_FLOOR:
         yield f"{said}, interval below {DEEPSPEED_FLOOR}"
-    if name == DEEPSPEED and shape.load == "skewed" and ratio.median < SKEWED_FLOOR:
+    if name == DEEPSPEED and shape.padding >= SKEWED_FLOOR > ratio.median:
         yield f"{said}, below {SKEWED_FLOOR}"
-    if name == DENSE and shape.rows_per_expert >= DENSE_ROWS and ratio.median < DENSE_FLOOR:
+    if name == DENSE and shape.fewest_rows >= DENSE_ROWS and ratio.median < DENSE_FLOOR:
         yield f"{said}, below {DENSE_FLOOR}"
 
 
