@@ -220,7 +220,7 @@ def test_what_is_missing_is_said():
         terms(one)
     with pytest.raises(ValueError, match="4 tokens are not 2 for each of 3 samples"):
         terms(one, torch.zeros(3, 1))
-    with pytest.raises(ValueError, match="needs a gate that keeps the tokens"):
+    with pytest.raises(ValueError, match="needs a routing made in training, which keeps the tokens"):
         terms(one, distance="tokens")
 
 
