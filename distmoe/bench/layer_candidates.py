@@ -42,17 +42,9 @@ class Shape:
         return self.num_tokens * self.k / self.num_experts
 
     @property
-    def fewest_rows(self) -> int:
-        """Rows of the expert that gets least."""
-        return int(self._rows().min())
-
-    @property
     def most_rows(self) -> int:
         """Rows of the expert that gets most: what a layer pads every expert to that has one size for all."""
-        return int(self._rows().max())
-
-    def _rows(self) -> Tensor:
-        return torch.bincount(self.expert_ids().flatten(), minlength=self.num_experts)
+        return int(torch.bincount(self.expert_ids().flatten()).max())
 
     @property
     def padding(self) -> float:
