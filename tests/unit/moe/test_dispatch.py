@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from distmoe.moe.dispatch import LocalDispatcher, Placement
 from tests.oracles import gathered_outputs, grouped_assignments, mixture_output
+from tests.threads import assert_equal_bits_on_two_threads
 
 X = torch.tensor([[10.0, 0.0], [11.0, 1.0], [12.0, 2.0]])
 ROWS = torch.tensor([2, 0, 1, 2, 0])
@@ -186,14 +187,7 @@ def test_two_threads_give_the_same_bits_every_time():
         (combined.sum() + gathered.square().sum()).backward()
         return combined.detach(), leaf.grad
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        first = once()
-        for _ in range(3):
-            assert all(torch.equal(one, other) for one, other in zip(first, once(), strict=True))
-    finally:
-        torch.set_num_threads(threads)
+    assert_equal_bits_on_two_threads(once)
 
 
 def test_the_default_placement_holds_all_experts_here():

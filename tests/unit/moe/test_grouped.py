@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distmoe.moe import grouped
 from distmoe.moe.grouped import PRODUCTS, Weights, _spans, fastest, fastest_product, grouped_mlp, loop_mlp
+from tests.threads import assert_equal_bits_on_two_threads
 
 WIDTH, HIDDEN = 8, 16  # multiples of 16 bytes in every type, as grouped_mm wants them
 FUNCTIONS = {"relu": F.relu, "gelu": F.gelu}
@@ -196,14 +197,7 @@ def test_two_threads_give_the_same_bits_every_time():
         outputs = loop_mlp(rows, counts, weights, "gelu")
         return outputs, *torch.autograd.grad(outputs, (rows, *weights), towards)
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        first = once()
-        for _ in range(3):
-            assert all(torch.equal(one, other) for one, other in zip(first, once(), strict=True))
-    finally:
-        torch.set_num_threads(threads)
+    assert_equal_bits_on_two_threads(once)
 
 
 @pytest.mark.parametrize("product", PRODUCTS)

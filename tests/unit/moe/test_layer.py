@@ -17,6 +17,7 @@ from distmoe.moe.gates.topk import TopKGate
 from distmoe.moe.layer import MoELayer
 from distmoe.moe.networks import PooledCNN, network_factory
 from tests.oracles import mixture_output, mlp_experts, top_k_choices
+from tests.threads import assert_equal_bits_on_two_threads
 from tests.unit.moe.gate_forms import (
     FORMS,
     HIDDEN,
@@ -287,14 +288,7 @@ def test_two_threads_give_the_same_bits_every_time(name):
         y.square().sum().backward()
         return [y.detach(), leaf.grad, *(parameter.grad.clone() for parameter in moe.parameters())]
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        first = once()
-        for _ in range(2):
-            assert all(torch.equal(one, other) for one, other in zip(first, once(), strict=True))
-    finally:
-        torch.set_num_threads(threads)
+    assert_equal_bits_on_two_threads(once)
 
 
 def test_what_does_not_fit_is_refused_with_the_reason():

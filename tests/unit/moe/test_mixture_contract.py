@@ -9,6 +9,7 @@ from distmoe.moe.dispatch import Placement
 from distmoe.moe.losses import ImportanceLoss, ZLoss
 from distmoe.moe.measures import describe_routing, routing_sums
 from distmoe.moe.mixtures import Conv2dMoE
+from tests.threads import assert_equal_bits_on_two_threads
 from tests.unit.moe.little_mixtures import EXACT, LAYERS, every_layer, layer_and_input
 
 # The routing.
@@ -162,11 +163,4 @@ def test_two_threads_give_the_same_bits_every_time():
         y.square().sum().backward()
         return [y.detach(), leaf.grad, *(parameter.grad.clone() for parameter in layer.parameters())]
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        first = once()
-        for _ in range(3):
-            assert all(torch.equal(one, other) for one, other in zip(first, once(), strict=True))
-    finally:
-        torch.set_num_threads(threads)
+    assert_equal_bits_on_two_threads(once)
