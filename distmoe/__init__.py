@@ -63,6 +63,15 @@ _PUBLIC = {
     "take_weights": "distmoe.moe.growing",
     "upcycled": "distmoe.moe.growing",
     "build_model": "distmoe.models",
+    "initialize_parameters": "distmoe.models.initial",
+    "Mesh": "distmoe.parallel.mesh",
+    "Communicators": "distmoe.parallel.collectives",
+    "SumReducer": "distmoe.parallel.collectives",
+    "AllToAllDispatcher": "distmoe.parallel.expert_parallel",
+    "expert_placement": "distmoe.parallel.expert_parallel",
+    "share_batch_statistics": "distmoe.parallel.batch_norm",
+    "reduce_gradients": "distmoe.parallel.gradients",
+    "clip_gradients": "distmoe.parallel.gradients",
     "load_model": "distmoe.training.loading",
 }
 

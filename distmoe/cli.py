@@ -4,27 +4,47 @@ Commands import what they need when they run, through :func:`_load`: ``--help`` 
 """
 
 import importlib
+import os
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from distmoe.config import load_config
+from distmoe.config import RunConfig, load_config
 from distmoe.contracts import UserError
+from distmoe.parallel.endings import (
+    LostRanksError,
+    PeerFailureError,
+    end_at_once,
+    exit_code_of,
+    first_line,
+    is_out_of_memory,
+    say,
+)
 
 # What the commands run, imported when they do.
 _MODULES = {
+    "world": "distmoe.parallel.world",
+    "runtime": "distmoe.parallel.runtime",
     "train": "distmoe.train",
     "evaluate": "distmoe.evaluate",
     "datasets": "distmoe.data.datasets",
     "beton": "distmoe.data.beton",
     "loading": "distmoe.training.loading",
+    "doctor": "distmoe.doctor",
     "report": "distmoe.studies.report",
     "bench_layer": "distmoe.bench.layer",
     "bench_loader": "distmoe.bench.loader",
     "bench_data_wait": "distmoe.bench.data_wait",
+    "bench_scaling": "distmoe.bench.scaling",
+    "calibration": "distmoe.bench.calibration",
+    "devices": "distmoe.training.devices",
 }
+
+_STARTED_BY_LAUNCHER = {"RANK", "SLURM_PROCID"}
 
 app = typer.Typer(
     help="Train Mixture-of-Experts image classifiers, watch them, resume them, see what the experts learned.",
@@ -53,7 +73,7 @@ def train(config: Config, overrides: Overrides = None) -> None:
     Everything goes into its folder, run.dir/run.name. Prepares the data first where needed; never downloads. Ctrl-C or
     SIGTERM: save, exit with 130 or 143; continue with run.resume=true.
     """
-    run_config = load_config(config, overrides or [])
+    run_config = _config(config, overrides)
     module = _load("train")
     try:
         summary = module.train(run_config)
@@ -61,7 +81,7 @@ def train(config: Config, overrides: Overrides = None) -> None:
         raise SystemExit(128 + stop.signal_number) from None
     if summary is not None:
         folder = Path(run_config.run.dir) / str(run_config.run.name)
-        typer.echo(_finished(summary, folder))
+        _show(_finished(summary, folder))
 
 
 @app.command()
@@ -71,7 +91,7 @@ def evaluate(run: Run, overrides: Overrides = None) -> None:
     Accuracy, accuracy of each class, and what each expert gets. Writes evaluation.json into the run's folder where
     nothing is overridden. With moe.gate.k=1, one expert a token.
     """
-    typer.echo(_load("evaluate").evaluate_run(run, overrides or []))
+    _show(_load("evaluate").evaluate_run(run, overrides or []))
 
 
 @app.command()
@@ -80,11 +100,11 @@ def prepare(config: Config, overrides: Overrides = None) -> None:
 
     Writes the files that training reads. The only command, besides launch/smoke.sh, that uses the network.
     """
-    run_config = load_config(config, overrides or [])
+    run_config = _config(config, overrides)
     _load("datasets").download(run_config.data)
     prepared = _load("beton").prepare(run_config.data)
     for name, split in prepared.splits.items():
-        typer.echo(f"{name}: {split.num_samples} samples in {split.path}")
+        _show(f"{name}: {split.num_samples} samples in {split.path}")
 
 
 @app.command()
@@ -110,12 +130,55 @@ def report(
 
 
 @app.command()
-def plan(config: Config, overrides: Overrides = None) -> None:
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    device: Annotated[str, typer.Option(help="Hardware to predict for: h100 or a100.")] = "h100",
+    measure: Annotated[bool, typer.Option("--measure", help="Predict for the CPUs of this machine instead.")] = False,
+    world: Annotated[int, typer.Option(min=1, max=65536, help="Number of processes to predict for.")] = 8,
+    per_host: Annotated[int, typer.Option(min=1, max=64, help="Of these, on one host.")] = 8,
+) -> None:
     """Say what a run would do.
 
-    Data, steps, parameters, work of an image, without training.
+    Data, steps, parameters, work of an image, without training. And what a step would take on hypothetical hardware, in
+    time and memory, for each expert-parallel size, with the size to take.
     """
-    typer.echo(_load("evaluate").describe_plan(load_config(config, overrides or [])))
+    run_config = _config(config, overrides)
+    if measure:
+        machine = _load("calibration").measure_machine(min(world, per_host))
+    else:
+        machine = _load("devices").machine_of(device, run_config.train.precision)
+    _show(_load("evaluate").describe_plan(run_config, machine, world, per_host))
+
+
+@app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Argument(help="YAML file of a run to look at.", show_default=False)] = None,
+    overrides: Overrides = None,
+    world: Annotated[
+        int | None, typer.Option(min=1, help="Processes to imagine, in place of those that are there.")
+    ] = None,
+    per_host: Annotated[int | None, typer.Option(min=1, help="Of them on each host.  [all]")] = None,
+) -> None:
+    """Look at this machine and at the layout of a run.
+
+    Versions, devices and tools; of a run, which rank has which device and experts, and what keeps it from running (exit
+    code 2). After a launcher's name, the ranks it has started.
+    """
+    worlds = _load("world")
+    if config is None:
+        _show(_load("doctor").look_at_machine().text)
+        return
+    per_host = per_host or world
+    if world is not None and (per_host is None or world % per_host):
+        raise UserError(
+            f"--world ({world}) must be a multiple of --per-host ({per_host}): every host has as many processes"
+        )
+    there = worlds.World.of_environment() if world is None else worlds.World(0, world, 0, per_host)
+    findings = _load("doctor").look_at_layout(_config(config, overrides), there, imagined=world is not None)
+    _show(findings.text)
+    if findings.problems:
+        raise SystemExit(2)
 
 
 bench_app = typer.Typer(
@@ -161,22 +224,65 @@ def bench_layer(
         typer.echo(line)
 
 
+@bench_app.command("scaling")
+def bench_scaling(
+    width: Annotated[int, typer.Option(help="D, values of a token.")] = 192,
+    hidden: Annotated[int, typer.Option(help="H, hidden units of an expert.")] = 768,
+    experts: Annotated[int, typer.Option(help="E, of all processes.")] = 8,
+    k: Annotated[list[int] | None, typer.Option(help="Experts a token; repeat for several.  [1, 2]")] = None,
+    tokens: Annotated[int, typer.Option(help="Of all processes; a multiple of processes times experts.")] = 3584,
+    expert_parallel: Annotated[
+        list[int] | None, typer.Option(help="Processes that share the experts; repeat for several.  [1, 2, 4]")
+    ] = None,
+    world: Annotated[int | None, typer.Option(help="Number of processes.  [as many as share the experts]")] = None,
+    rounds: Annotated[int, typer.Option(min=6, help="Timed rounds of each layer, in turn.")] = 31,
+) -> None:
+    """Speed, memory and traffic of an MoE layer spread over processes, beside DeepSpeed's and what `plan` predicts.
+
+    Starts its own processes, on CPUs, one thread each. Six comparisons if nothing is chosen: about 90 s on 2 cores.
+    """
+    shapes = (width, hidden, experts, k or [1, 2], tokens, expert_parallel or [1, 2, 4], world)
+    for line in _load("bench_scaling").bench_scaling(*shapes, rounds):
+        typer.echo(line)
+
+
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Runs a command. Exit codes: 0 done, 1 our defect, 2 the user can mend it, 130 and 143 stopped by a signal."""
+    """Runs a command; see :func:`end_with`."""
+    if _STARTED_BY_LAUNCHER & os.environ.keys():
+        # Where a rank is gone, torch would print a stack trace for each connection to it.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    end_with(lambda: app(arguments, standalone_mode=True))
+
+
+def end_with(command: Callable[[], object]) -> NoReturn:
+    """Runs a command and ends the process.
+
+    Exit codes: 0 done, 1 our defect or a lost process, 2 the user can mend it, 130 and 143 stopped by a signal. Where
+    there are several processes, all end with the code of the first cause.
+    """
+    code = 0
     try:
-        app(arguments, standalone_mode=True)
-    except UserError as error:
-        sys.stderr.write(f"distmoe: error: {error}\n")
-        sys.exit(2)
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        sys.stderr.write(f"distmoe: error: not enough memory ({_first_line(error)}): {_LESS_MEMORY}\n")
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.stderr.write("distmoe: stopped\n")
-        sys.exit(130)
-    sys.exit(0)
+        command()
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 0
+    except KeyboardInterrupt as stop:
+        say("distmoe: stopped")
+        code = exit_code_of(stop)
+    except PeerFailureError as error:  # it has said so itself
+        code = error.exit_code
+    except (UserError, LostRanksError) as error:
+        say(f"distmoe: error: {error}")
+        code = exit_code_of(error)
+    except Exception as error:
+        code = exit_code_of(error)
+        if is_out_of_memory(error):
+            say(f"distmoe: error: not enough memory ({first_line(str(error)) or type(error).__name__}): {_LESS_MEMORY}")
+        else:
+            traceback.print_exc()
+    runtime = sys.modules.get("distmoe.parallel.runtime")
+    if runtime is not None and runtime.is_connected():  # to ranks that are gone: closing would wait for them
+        end_at_once(code)
+    sys.exit(code)
 
 
 _LESS_MEMORY = (
@@ -185,18 +291,23 @@ _LESS_MEMORY = (
 )
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    # torch is not imported here for the name of its error; on a CPU it raises a plain RuntimeError.
-    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or "can't allocate memory" in str(error)
+def _config(path: Path, overrides: list[str] | None) -> RunConfig:
+    def load() -> RunConfig:
+        return load_config(path, overrides or [])
+
+    config: RunConfig = _load("runtime").told_once(load) if _STARTED_BY_LAUNCHER & os.environ.keys() else load()
+    return config
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _show(text: str) -> None:
+    """Prints a result, once."""
+    if _load("world").World.of_environment().rank == 0:
+        typer.echo(text)
 
 
 def _load(name: str) -> Any:
-    importlib.import_module("distmoe.parallel.runtime").set_up_logging()
+    rank = importlib.import_module(_MODULES["world"]).World.of_environment().rank
+    importlib.import_module(_MODULES["runtime"]).set_up_logging(rank)
     return importlib.import_module(_MODULES[name])
 
 

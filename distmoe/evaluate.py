@@ -5,14 +5,18 @@ from typing import Any
 
 from distmoe.config import RunConfig, load_config
 from distmoe.contracts import DataSpec
-from distmoe.parallel.runtime import open_runtime
+from distmoe.models import build_model
+from distmoe.parallel.runtime import open_runtime, told_once
+from distmoe.training.cost_model import Machine
 from distmoe.training.evaluation import Evaluation
+from distmoe.training.forecast import check_world, forecast, format_forecast, training_of
 from distmoe.training.run_folder import RunFolder, write_json
 from distmoe.training.session import open_session
+from distmoe.training.workload import measure_workload
 
 
 def evaluate_run(run: Path, overrides: list[str]) -> str:
-    """Tests a run's selected checkpoint and gives the result as text.
+    """Tests a run's selected checkpoint and gives the result as text, on all ranks. Collective.
 
     Args:
         run: The run's folder.
@@ -21,19 +25,21 @@ def evaluate_run(run: Path, overrides: list[str]) -> str:
     Raises:
         UserError: The run has no whole checkpoint, or an override does not fit it.
     """
-    folder = RunFolder.existing(run)
-    # No optimizer state is read, and the weights come from the checkpoint.
-    config = load_config(folder.config_file, [*overrides, "model.init_from=null"])
-    state = folder.selected(config.train.select)
-    with open_runtime(config) as runtime, open_session(config, runtime) as session:
-        if not any(override.startswith("data.") for override in overrides):
-            session.check_same_data(state)
-        session.select(state)
-        result = session.evaluate_current("test")
-        values = {"step": state.progress.step, **result.describe(session.data.spec)}
-        if not overrides:
-            write_json(folder.path / "evaluation.json", values)
-        return format_evaluation(result, values, session.data.spec)
+    folder = told_once(lambda: RunFolder.existing(run))
+    # No optimizer state is read, the weights come from the checkpoint, and the layout is that of these processes.
+    own = ["parallel.backend=auto", "parallel.expert_parallel_size=auto", "parallel.zero_stage=0"]
+    config = told_once(lambda: load_config(folder.config_file, [*own, *overrides, "model.init_from=null"]))
+    with open_runtime(config) as runtime:
+        checkpoint = folder.selected(config.train.select, control=runtime.control)
+        with open_session(config, runtime) as session:
+            if not any(override.startswith("data.") for override in overrides):
+                session.check_same_data(checkpoint.state)
+            session.select(checkpoint)
+            result = session.evaluate_current("test")
+            values = {"step": checkpoint.state.progress.step, **result.describe(session.data.spec)}
+            if not overrides:
+                runtime.control.on_main(lambda: write_json(folder.path / "evaluation.json", values))
+            return format_evaluation(result, values, session.data.spec)
 
 
 def format_evaluation(result: Evaluation, values: dict[str, Any], spec: DataSpec) -> str:
@@ -54,14 +60,25 @@ def format_evaluation(result: Evaluation, values: dict[str, Any], spec: DataSpec
     return "\n".join(lines)
 
 
-def describe_plan(config: RunConfig) -> str:
-    """What a run would do: data, steps, parameters and work, without training.
+def describe_plan(config: RunConfig, machine: Machine, world_size: int, ranks_per_host: int) -> str:
+    """What a run would do: data, steps, parameters and work, and what it would take on other hardware; no training.
+
+    Args:
+        config: The run.
+        machine: The hardware of each rank.
+        world_size: Number of ranks there.
+        ranks_per_host: Of these, on one host.
 
     Raises:
         UserError: It would be refused.
     """
     config.check_trainable()
+    check_world(world_size, ranks_per_host)
     with open_runtime(config) as runtime, open_session(config, runtime) as session:
+        # Another copy of the model: all experts, and without the autocast that the engine adds.
+        workload = measure_workload(build_model(config, session.data.spec), session.data.spec)
+        training = training_of(config)
+        predictions = forecast(workload, training, machine, world_size, ranks_per_host)
         cost = session.cost
         rows = {
             "data": f"{session.data.spec.name}, samples of shape {list(session.data.spec.input_shape)}, "
@@ -78,4 +95,5 @@ def describe_plan(config: RunConfig) -> str:
             "device": f"{runtime.device}, {runtime.num_threads} threads",
             "run folder": RunFolder.of(config).path,
         }
-        return "\n".join(f"{name:<26}{value}" for name, value in rows.items())
+        described = [f"{name:<26}{value}" for name, value in rows.items()]
+        return "\n".join([*described, "", *format_forecast(predictions, training, machine)])

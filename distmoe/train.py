@@ -4,8 +4,8 @@ import dataclasses
 import importlib.metadata
 import logging
 import platform
-import signal
 import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,14 +13,17 @@ from typing import Any
 
 from distmoe.config import RunConfig
 from distmoe.contracts import UserError
-from distmoe.parallel.runtime import open_runtime, process_start_time
+from distmoe.parallel.control import Control
+from distmoe.parallel.runtime import Interrupted, open_runtime, process_start_time
+from distmoe.parallel.world import World
 from distmoe.training.checkpoint import Best, CheckpointFolder, Progress
+from distmoe.training.evaluation import Evaluation
 from distmoe.training.metrics import MetricsFile
 from distmoe.training.profile import Profile
 from distmoe.training.progress_bar import ProgressBar
 from distmoe.training.run_folder import RunFolder, write_json
 from distmoe.training.session import Session, open_session
-from distmoe.training.step import train_step
+from distmoe.training.step import MicroBatch, StepResult, train_step
 from distmoe.training.tensorboard import TensorBoardLog
 
 logger = logging.getLogger(__name__)
@@ -28,66 +31,87 @@ logger = logging.getLogger(__name__)
 PACKAGES = ("distmoe", "torch", "torchvision", "accelerate", "ffcv", "deepspeed", "numpy")
 
 
-class Interrupted(Exception):  # noqa: N818 - not an error
-    """The run was asked to stop by a signal, and has saved.
-
-    Attributes:
-        signal_number: SIGINT or SIGTERM.
-    """
-
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(signal.Signals(signal_number).name)
-        self.signal_number = signal_number
-
-
 @dataclass(frozen=True)
-class Outputs:
-    """Where a run writes."""
+class Files:
+    """What rank 0 writes besides checkpoints."""
 
-    folder: RunFolder
-    checkpoints: CheckpointFolder
     metrics: MetricsFile
     tensorboard: TensorBoardLog
     bar: ProgressBar
 
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where a run writes; ``files`` are rank 0's."""
+
+    folder: RunFolder
+    checkpoints: CheckpointFolder
+    control: Control
+    files: Files | None
+
+    def write(self, action: Callable[[Files], None]) -> None:
+        """Writes on rank 0; what goes wrong there stops all ranks. Collective."""
+
+        def on_rank_0() -> None:
+            assert self.files is not None, "rank 0 has files"
+            action(self.files)
+
+        self.control.on_main(on_rank_0)
+
+    def step_done(self, step: int) -> None:
+        """Shows progress."""
+        if self.files is not None:
+            self.files.bar.update(step)
+
     def save(self, session: Session) -> Path:
-        """Writes a checkpoint; TensorBoard's points up to it are on disk before."""
-        self.tensorboard.flush()
-        return self.checkpoints.save(session.state())
+        """Writes a checkpoint; TensorBoard's points up to it are on disk before. Collective."""
+        session.runtime.at(f"saving after step {session.progress.step}")
+        self.write(lambda files: files.tensorboard.flush())
+        session.interval.collect(session.engine.reducer)
+        return self.checkpoints.save(session.state(), session.pieces(), self.control)
 
 
-def train(config: RunConfig) -> dict[str, Any] | None:
-    """Trains a run, tests it once, and writes its folder.
+def train(config: RunConfig, world: World | None = None) -> dict[str, Any] | None:
+    """Trains a run, tests it once, and writes its folder. Collective.
+
+    Args:
+        config: The run; the same on all ranks.
+        world: The processes; None: those of the launcher's environment variables, without any this one alone.
 
     Returns:
-        The content of ``summary.json``, or None where ``train.stop_after_steps`` ended it early.
+        The content of ``summary.json``, on all ranks, or None where ``train.stop_after_steps`` ended it early.
 
     Raises:
         UserError: Something in the configuration, the data, the folder or an earlier checkpoint is wrong, or the loss
             is not finite any more.
-        Interrupted: SIGINT or SIGTERM came; the run has saved and can be resumed.
+        Interrupted: SIGINT or SIGTERM came to some rank; the run has saved and can be resumed.
+        PeerFailureError: Another rank has failed, and prints why.
+        LostRanksError: Other ranks are gone or do not answer.
     """
-    config.check_trainable()
     folder = RunFolder.of(config)
-    with open_runtime(config) as runtime:
-        resume = config.run.resume or runtime.restarts > 0
-        folder.check_free(resume)
-        with open_session(config, runtime) as session:
+    with open_runtime(config, world) as runtime:
+        config.check_trainable()
+        control, resume = runtime.control, config.run.resume or runtime.restarts > 0
+        control.on_main(lambda: folder.check_free(resume))
+        with open_session(config, runtime) as session, ExitStack() as stack:
             checkpoints = folder.checkpoints(config.run.keep_checkpoints)
-            with folder.held():
-                _start(session, folder, checkpoints, resume)
-                if session.finished and (summary := folder.read_summary()) is not None:
-                    logger.info("it is finished: test accuracy %.4f", summary["test_accuracy"])
-                    return summary
-                return _train_and_test(session, folder, checkpoints)
+            control.on_main(lambda: stack.enter_context(folder.held()))
+            _start(session, folder, checkpoints, resume)
+            summary = control.on_main(folder.read_summary) if session.finished else None
+            if summary is not None:
+                logger.info("it is finished: test accuracy %.4f", summary["test_accuracy"])
+                return summary
+            return _train_and_test(session, folder, checkpoints)
 
 
 def _start(session: Session, folder: RunFolder, checkpoints: CheckpointFolder, resume: bool) -> None:
     """Goes on from the newest whole checkpoint, or starts from the configuration's weights."""
-    state = checkpoints.newest(set_aside=True) if resume else None
-    if state is not None:
-        session.restore(state)
-        logger.info("resuming %s from step %d of %d", folder.path, state.progress.step, session.total_steps)
+    session.runtime.at("loading a checkpoint")
+    checkpoint = checkpoints.newest(set_aside=True, control=session.runtime.control) if resume else None
+    if checkpoint is not None:
+        session.restore(checkpoint)
+        session.interval.keep_on_main(session.runtime.rank)
+        logger.info("resuming %s from step %d of %d", folder.path, session.progress.step, session.total_steps)
         return
     if resume:
         logger.info("no whole checkpoint in %s: starting at step 0", checkpoints.root)
@@ -96,17 +120,13 @@ def _start(session: Session, folder: RunFolder, checkpoints: CheckpointFolder, r
 
 
 def _train_and_test(session: Session, folder: RunFolder, checkpoints: CheckpointFolder) -> dict[str, Any] | None:
-    progress = session.progress
-    folder.open(session.config)
+    control = session.runtime.control
+    control.on_main(lambda: folder.open(session.config))
     _log_start(session, folder)
     with ExitStack() as stack:
-        outputs = Outputs(
-            folder=folder,
-            checkpoints=checkpoints,
-            metrics=stack.enter_context(MetricsFile(folder.metrics_file, progress.step, progress.evaluated)),
-            tensorboard=stack.enter_context(TensorBoardLog(folder.tensorboard, progress.step)),
-            bar=stack.enter_context(ProgressBar(session.total_steps, progress.step)),
-        )
+        opened: list[Files] = []
+        control.on_main(lambda: opened.append(_open_files(session, folder, stack)))
+        outputs = Outputs(folder, checkpoints, control, opened[0] if opened else None)
         session.clock.start()
         with session.runtime.saving_on_signal():
             completed = fit(session, outputs)
@@ -116,18 +136,28 @@ def _train_and_test(session: Session, folder: RunFolder, checkpoints: Checkpoint
         return _test(session, outputs, _summary(session))
 
 
+def _open_files(session: Session, folder: RunFolder, stack: ExitStack) -> Files:
+    progress = session.progress
+    return Files(
+        metrics=stack.enter_context(MetricsFile(folder.metrics_file, progress.step, progress.evaluated)),
+        tensorboard=stack.enter_context(TensorBoardLog(folder.tensorboard, progress.step)),
+        bar=stack.enter_context(ProgressBar(session.total_steps, progress.step)),
+    )
+
+
 def fit(session: Session, outputs: Outputs) -> bool:
-    """Trains from the session's progress to the end, epoch by epoch.
+    """Trains from the session's progress to the end, epoch by epoch. Collective.
 
     Returns:
         False where ``train.stop_after_steps`` ended it before.
     """
-    with Profile(session.config.train.profile_steps, outputs.folder.path) as profile:
+    profiled = session.config.train.profile_steps if session.runtime.control.is_main else None
+    with Profile(profiled, outputs.folder.path) as profile:
         while not session.finished:
             if not _train_epoch(session, outputs, profile):
                 return False
             _end_epoch(session, outputs)
-            _interrupt_if_signalled(session, outputs.save(session))
+            _interrupt(_agreed(session, outputs, diverged=False), outputs.save(session))
     return True
 
 
@@ -136,15 +166,11 @@ def _train_epoch(session: Session, outputs: Outputs, profile: Profile) -> bool:
     config, clock, epoch = session.config, session.clock, session.progress.epoch
     planned = session.plan.epoch(epoch, session.progress.epoch_step)
     remaining = (session.total_steps - session.progress.step) * config.train.accumulation
+    session.runtime.at(f"step {session.progress.step + 1}, data")
     with session.feed.training_steps(planned[:remaining], epoch) as steps:
         for micro_batches in steps:
             started = time.perf_counter()
-            step = session.progress.step
-            result = train_step(session.engine, session.model, session.mixtures, config, step, micro_batches)
-            if session.average is not None:
-                session.average.update(step)
-            session.progress = _advanced(session)
-            session.interval.add(result)
+            result = _step(session, micro_batches)
             if _log_due(session):  # otherwise a GPU works on while the clock is read
                 session.runtime.synchronize()
             clock.step_s += time.perf_counter() - started
@@ -152,11 +178,25 @@ def _train_epoch(session: Session, outputs: Outputs, profile: Profile) -> bool:
             if clock.first_step_s is None:
                 clock.first_step_s = time.time() - process_start_time()
             profile.step()
-            outputs.bar.update(session.progress.step)
-            _after_step(session, outputs)
-            if _asked_to_stop(session, outputs):
+            outputs.step_done(session.progress.step)
+            if _after_step(session, outputs):
                 return False
     return True
+
+
+def _step(session: Session, micro_batches: Iterator[MicroBatch]) -> StepResult:
+    """One optimizer step and what is counted of it."""
+    step, runtime = session.progress.step, session.runtime
+
+    def at(phase: str) -> None:
+        runtime.at(f"step {step + 1}, {phase}")
+
+    result = train_step(session.engine, session.model, session.mixtures, session.config, step, micro_batches, at)
+    if session.average is not None:
+        session.average.update(step)
+    session.progress = _advanced(session)
+    session.interval.add(result)
+    return result
 
 
 def _advanced(session: Session) -> Progress:
@@ -182,53 +222,59 @@ def _log_due(session: Session) -> bool:
     return step % session.config.train.log_every_steps == 0 or step == session.total_steps
 
 
-def _after_step(session: Session, outputs: Outputs) -> None:
-    """Checks, logs and saves where it is due."""
-    section, step, interval = session.config.train, session.progress.step, session.interval
+def _after_step(session: Session, outputs: Outputs) -> bool:
+    """Checks, logs and saves where it is due; whether ``train.stop_after_steps`` is reached. Collective."""
+    section, step = session.config.train, session.progress.step
+    session.runtime.at(f"step {step}, checks and log")
     log_due, evaluation_due = _log_due(session), not session.progress.evaluated
     save_due = section.checkpoint_every_steps is not None and step % section.checkpoint_every_steps == 0
-    if log_due or save_due or evaluation_due or session.runtime.device.type == "cpu":
-        _check_finite(session, outputs, weights=save_due or evaluation_due)
+    stop_due = section.stop_after_steps is not None and section.stop_after_steps <= step < session.total_steps
+    weights_due = save_due or evaluation_due or stop_due
+    looked_at = log_due or weights_due or session.runtime.device.type == "cpu"
+    signal_number = _agreed(session, outputs, looked_at and _diverged(session, weights_due))
     if log_due:
-        weights = session.config.moe.loss_weights.model_dump() if session.config.moe else {}
-        numbers = {
-            "step": step,
-            "epoch": session.progress.epoch,
-            **interval.describe(weights),
-            "lr": session.engine.learning_rate(),
-            **session.clock.rates_since_last(),
-        }
-        outputs.metrics.write(numbers)
-        outputs.tensorboard.training(numbers, interval.expert_loads(), step)
-        outputs.bar.log(numbers)
-        interval.clear()
-    if save_due and not evaluation_due:  # the evaluation comes first, and saves
-        outputs.save(session)
+        _log(session, outputs)
+    if signal_number and not weights_due:
+        _agreed(session, outputs, _diverged(session, weights=True))
+    if signal_number or stop_due or (save_due and not evaluation_due):  # the evaluation comes first, and saves
+        _interrupt(signal_number, outputs.save(session))
+    return stop_due
 
 
-def _asked_to_stop(session: Session, outputs: Outputs) -> bool:
-    """Saves and stops where a signal came or ``train.stop_after_steps`` is reached."""
-    step, limit = session.progress.step, session.config.train.stop_after_steps
-    if session.runtime.stop_signal is None and (limit is None or step < limit or step == session.total_steps):
-        return False
-    _check_finite(session, outputs, weights=True)
-    _interrupt_if_signalled(session, outputs.save(session))
-    return True
+def _log(session: Session, outputs: Outputs) -> None:
+    """Writes the numbers of the interval, of all ranks; times are those of the slowest. Collective."""
+    config, interval, reducer, step = session.config, session.interval, session.engine.reducer, session.progress.step
+    weights = config.moe.loss_weights.model_dump() if config.moe else {}
+    rates = session.clock.rates_since_last()
+    numbers = {
+        "step": step,
+        "epoch": session.progress.epoch,
+        **interval.describe(weights, reducer),
+        "lr": session.engine.learning_rate(),
+        **_of_slowest(session, rates),
+    }
+    loads = interval.expert_loads(reducer)
+
+    def write(files: Files) -> None:
+        files.metrics.write(numbers)
+        files.tensorboard.training(numbers, loads, step)
+        files.bar.log(numbers)
+
+    outputs.write(write)
+    interval.clear()
 
 
-def _interrupt_if_signalled(session: Session, saved: Path) -> None:
-    signal_number = session.runtime.stop_signal
-    if signal_number is not None:
-        logger.info("saved %s; go on with run.resume=true", saved)
-        raise Interrupted(signal_number)
+def _of_slowest(session: Session, rates: dict[str, float]) -> dict[str, float]:
+    """The worst over ranks: the lowest rate, the largest shares. Collective."""
+    signs = [-1.0 if name == "images_per_second" else 1.0 for name in rates]
+    worst = session.runtime.control.largest([sign * rate for sign, rate in zip(signs, rates.values(), strict=True)])
+    return {name: sign * value for name, sign, value in zip(rates, signs, worst, strict=True)}
 
 
-def _check_finite(session: Session, outputs: Outputs, weights: bool) -> None:
-    """Stops a run that has diverged; ``weights`` are looked at before they are saved or evaluated.
-
-    The last update may have spoiled them although the loss before it was finite.
-    """
-    if not session.interval.finite() or (weights and not _weights_finite(session)):
+def _agreed(session: Session, outputs: Outputs, diverged: bool) -> int:
+    """The signal that some rank got, or 0, on all ranks; stops a run that some rank finds diverged. Collective."""
+    numbers = session.runtime.control.largest([session.runtime.stop_signal or 0, diverged])
+    if numbers[1]:
         saved = outputs.checkpoints.steps()
         kept = (
             f"the last good checkpoint is {outputs.checkpoints.path(saved[-1])}"
@@ -239,6 +285,22 @@ def _check_finite(session: Session, outputs: Outputs, weights: bool) -> None:
             f"training diverged: loss, gradient or weights are not finite at step {session.progress.step}; {kept}. "
             "Lower optim.lr, set train.clip_norm, or use train.precision=fp32"
         )
+    return int(numbers[0])
+
+
+def _interrupt(signal_number: int, saved: Path) -> None:
+    """Ends a run that has been told to stop, now that it is saved."""
+    if signal_number:
+        logger.info("saved %s; go on with run.resume=true", saved)
+        raise Interrupted(signal_number)
+
+
+def _diverged(session: Session, weights: bool) -> bool:
+    """Whether something is not finite on this rank; ``weights`` are looked at before they are saved or evaluated.
+
+    The last update may have spoiled them although the loss before it was finite.
+    """
+    return not session.interval.finite() or (weights and not _weights_finite(session))
 
 
 def _weights_finite(session: Session) -> bool:
@@ -249,6 +311,7 @@ def _validate(session: Session, outputs: Outputs) -> None:
     """Evaluates on the validation set and keeps count of the best."""
     if session.evaluation_plans["validation"].num_samples == 0:
         return
+    session.runtime.at(f"validation after step {session.progress.step}")
     result = session.evaluate("validation")
     step = session.progress.step
     if session.best is None or result.accuracy > session.best.accuracy:
@@ -256,32 +319,45 @@ def _validate(session: Session, outputs: Outputs) -> None:
     _record(session, outputs, "validation", result)
 
 
-def _record(session: Session, outputs: Outputs, split: str, result: Any) -> None:
+def _record(session: Session, outputs: Outputs, split: str, result: Evaluation) -> None:
     step, epoch = session.progress.step, session.progress.epoch
     line = {"step": step, "epoch": epoch, "split": split, "accuracy": result.accuracy, "loss": result.loss}
-    outputs.metrics.write(line)
-    outputs.tensorboard.evaluation(split, result, session.data.spec, step)
-    outputs.bar.log(line)
+
+    def write(files: Files) -> None:
+        files.metrics.write(line)
+        files.tensorboard.evaluation(split, result, session.data.spec, step)
+        files.bar.log(line)
+
+    outputs.write(write)
 
 
 def _test(session: Session, outputs: Outputs, summary: dict[str, Any]) -> dict[str, Any]:
     """Puts the selected weights in and touches the test set, once."""
-    state = outputs.folder.selected(session.config.train.select, fall_back=True)
-    session.select(state)
+    session.runtime.at("the test")
+    checkpoint = outputs.folder.selected(session.config.train.select, fall_back=True, control=outputs.control)
+    session.select(checkpoint)
     result = session.evaluate_current("test")
     _record(session, outputs, "test", result)
-    summary = {"test_accuracy": result.accuracy, "selected_step": state.progress.step, **summary}
-    write_json(outputs.folder.path / "evaluation.json", result.describe(session.data.spec))
-    outputs.folder.write_summary(summary)
+    summary = {"test_accuracy": result.accuracy, "selected_step": checkpoint.state.progress.step, **summary}
+
+    def write(files: Files) -> None:
+        del files
+        write_json(outputs.folder.path / "evaluation.json", result.describe(session.data.spec))
+        outputs.folder.write_summary(summary)
+
+    outputs.write(write)
     return summary
 
 
 def _summary(session: Session) -> dict[str, Any]:
+    """What is known before the test; of times, those of the slowest rank. Collective."""
+    times = [session.clock.train_s(), session.clock.first_step_s or 0.0]
+    train_s, first_step_s = session.runtime.control.largest(times)
     return {
         "best_validation_accuracy": session.best.accuracy if session.best else None,
-        "train_seconds": session.clock.train_s(),
-        "first_step_seconds": session.clock.first_step_s,
-        **session.clock.rates(),
+        "train_seconds": train_s,
+        "first_step_seconds": first_step_s or None,
+        **_of_slowest(session, session.clock.rates()),
         **dataclasses.asdict(session.cost),
         "steps": session.progress.step,
         "seed": session.config.seed,

@@ -289,7 +289,7 @@ def with_environment(name: str, value: str) -> Prepare:
 SURROUNDINGS = [
     Row("vectors for an image model", vectors, ("model.name convnet needs images", "[7]")),
     Row("augmented vectors", augmented_vectors, ("needs images", "[7]")),
-    Row("WORLD_SIZE=2", with_environment("WORLD_SIZE", "2"), ("WORLD_SIZE (2)", "one process", "without a launcher")),
+    Row("WORLD_SIZE=2", with_environment("WORLD_SIZE", "2"), ("variable RANK is missing", "torchrun", "unset RANK and WORLD_SIZE")),
     Row("WORLD_SIZE=0", with_environment("WORLD_SIZE", "0"), ("WORLD_SIZE (0)",)),
     Row("WORLD_SIZE=two", with_environment("WORLD_SIZE", "two"), ("WORLD_SIZE ('two')", "whole number", "unset it")),
     Row("WORLD_SIZE=-1", with_environment("WORLD_SIZE", "-1"), ("WORLD_SIZE ('-1')",)),
@@ -546,7 +546,7 @@ def no_checkpoints(run: Path) -> None:
 
 
 def all_damaged(run: Path) -> None:
-    for weights in run.glob("checkpoints/*/weights.safetensors"):
+    for weights in run.glob("checkpoints/*/tensors-*.safetensors"):
         weights.write_bytes(weights.read_bytes()[:-1])
 
 
@@ -562,13 +562,13 @@ def best_gone(run: Path) -> None:
 
 def best_damaged(run: Path) -> None:
     edited(run / f"checkpoints/step-{STEPS}", best={"step": 2, "accuracy": 1.0})
-    (run / "checkpoints/step-2/weights.safetensors").write_bytes(b"")
+    (run / "checkpoints/step-2/tensors-00001-of-00001.safetensors").write_bytes(b"")
 
 
 def without_tensorboard(place: Place) -> list[str]:
     """Its files would be the first to be too large."""
     place.patch.setattr("distmoe.training.tensorboard.SummaryWriter", MagicMock())
-    return place.train("train.log_every_steps=1", "train.epochs=9", "moe=null")
+    return place.train("train.log_every_steps=1", "train.epochs=25", "moe=null")
 
 
 # What training writes before the first checkpoint, whole: nothing of it is a temporary file.
@@ -639,7 +639,7 @@ RUNS = [
     Row(
         "evaluate: best damaged",
         on_run("evaluate", best_damaged),
-        ("checkpoints/step-2", "weights.safetensors is damaged (checksum differs)"),
+        ("checkpoints/step-2", "tensors-00001-of-00001.safetensors is damaged (checksum differs)"),
     ),
     Row(
         "evaluate: more experts",
@@ -663,7 +663,7 @@ RUNS = [
     ),
     Row(
         "full disk: metrics",
-        on_full_disk(4000, without_tensorboard),
+        on_full_disk(9000, without_tensorboard),
         ("{folder}/runs/a/metrics.jsonl: cannot be written (File too large)", "free space"),
         leaves=WHOLE,
     ),

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from distmoe.config import RunConfig, parse_config
 from distmoe.config.io import merge_overrides, to_yaml
-from distmoe.training.checkpoint import TrainingState, load_checkpoint
+from distmoe.parallel.shards import Piece
+from distmoe.training.checkpoint import Checkpoint, TrainingState, load_checkpoint
 from distmoe.training.run_folder import RunFolder
 
 NUM_CLASSES, NUM_TRAIN, NUM_VALIDATION, NUM_TEST = 4, 200, 40, 60
@@ -77,23 +78,33 @@ def checkpoint_steps(folder: RunFolder) -> list[int]:
     return folder.checkpoints().steps()
 
 
-def last_state(folder: RunFolder) -> TrainingState:
+def last_checkpoint(folder: RunFolder) -> Checkpoint:
     return load_checkpoint(folder.checkpoints().path(checkpoint_steps(folder)[-1]))
 
 
-def all_tensors(state: TrainingState) -> dict[str, Tensor]:
-    """Weights, moments, buffers and averages by a name of their own."""
-    tensors = {f"buffer {name}": value for name, value in state.buffers.items()}
-    tensors |= {f"average {name}": value for name, value in (state.average or {}).items()}
-    for name, parameter in state.parameters.items():
-        tensors[f"weight {name}"] = parameter.weight
-        tensors |= {f"{moment} of {name}": value for moment, value in parameter.moments.items()}
+def last_state(folder: RunFolder) -> TrainingState:
+    return last_checkpoint(folder).state
+
+
+def all_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Weights, moments, buffers and averages by a name of their own: ``weight NAME``, ``moment:exp_avg NAME``, ..."""
+    source, tensors = checkpoint.tensors, {}
+    for kind in source.kinds():
+        for name in source.names(kind):
+            shape = source.shape(kind, name)
+            tensors[f"{kind} {name}"] = source.read(kind, name, 0, shape.numel()).view(shape)
     return tensors
 
 
-def assert_same_state(left: TrainingState, right: TrainingState) -> None:
+def pieces_of(tensors: dict[str, Tensor]) -> list[Piece]:
+    """Whole tensors, named as by :func:`all_tensors`, to be saved."""
+    return [Piece(*name.split(" "), value.shape, 0, value.reshape(-1)) for name, value in tensors.items()]
+
+
+def assert_same_state(left: Checkpoint, right: Checkpoint) -> None:
     """Bitwise equal tensors, and the same position and best result."""
-    assert (left.progress, left.best, left.fingerprint) == (right.progress, right.best, right.fingerprint)
+    one, other = left.state, right.state
+    assert (one.progress, one.best, one.fingerprint) == (other.progress, other.best, other.fingerprint)
     ours, theirs = all_tensors(left), all_tensors(right)
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
@@ -114,7 +125,7 @@ def steps_logged(folder: RunFolder) -> int:
 
 def assert_same_run(left: RunFolder, right: RunFolder) -> None:
     """The same final weights, moments, metrics lines and test result."""
-    assert_same_state(last_state(left), last_state(right))
+    assert_same_state(last_checkpoint(left), last_checkpoint(right))
     assert metrics_lines(left) == metrics_lines(right)
     kept = ("test_accuracy", "best_validation_accuracy", "selected_step", "steps")
     ours, theirs = left.read_summary(), right.read_summary()

@@ -56,11 +56,15 @@ class TrainSection(Section):
 class ParallelSection(Section):
     """How the run is spread over processes."""
 
-    backend: Literal["auto", "replicas"] = "auto"
-    """Engine: ``replicas`` holds the whole model in each process."""
+    backend: Literal["auto", "replicas", "deepspeed"] = "auto"
+    """Engine: ``replicas`` holds the whole model in each process; ``deepspeed`` spreads experts and optimizer state."""
     expert_parallel_size: PositiveInt | Literal["auto"] = "auto"
     """Processes that share one copy of the experts; it must divide the number of processes and of experts."""
-    zero_stage: Annotated[int, Field(ge=0, le=0)] = 0
-    """How far optimizer state is spread over processes; ``replicas`` keeps all of it in each."""
+    zero_stage: Annotated[int, Field(ge=0, le=2)] = 0
+    """What DeepSpeed's ZeRO spreads over processes: 0 nothing, 1 optimizer state, 2 gradients as well."""
+    checked_exchanges: bool = False
+    """Compare shapes and counts over ranks before each exchange: slower, for finding out why ranks do not agree."""
+    overlap: Literal["auto", "none", "shared"] = "auto"
+    """What runs while tokens travel: nothing, or the shared expert; ``auto``: the shared expert on GPUs only."""
     timeout_s: PositiveFloat = 300.0
     """Seconds after which a process that waits for another gives up."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distmoe.contracts import Context
+from distmoe.moe.sums import Reducer
 
 Group = Literal["image", "batch"] | int
 
@@ -76,6 +77,73 @@ class RoutingGroups:
     def unfold(self, x_GN: Tensor) -> Tensor:
         """(G, N, ...) back to (T, ...)."""
         return x_GN.flatten(0, 1)[: self.num_rows]
+
+
+@dataclass(frozen=True)
+class SharedRows:
+    """The rows that routing groups are cut from: this rank's, or with the group ``batch`` those of all ranks.
+
+    Attributes:
+        groups: Of all these rows.
+        own: This rank's among them.
+        across_ranks: Whether they are those of several ranks.
+        reducer: Over the ranks.
+    """
+
+    groups: RoutingGroups
+    own: range
+    across_ranks: bool
+    reducer: Reducer
+
+    @classmethod
+    def of(cls, num_rows: int, context: Context, group: Group, reducer: Reducer, device: torch.device) -> "SharedRows":
+        """The rows of ``moe.gate.group``. With ``batch`` collective: ranks may have unequal numbers of rows, or none.
+
+        Args:
+            num_rows: T, of this rank.
+            context: See :meth:`RoutingGroups.of`.
+            group: As there. Groups of images must not reach over ranks, see :func:`check_groups`.
+            reducer: Over the ranks whose tokens make up a micro-batch.
+            device: That the reducer works on.
+
+        Raises:
+            ValueError: See :func:`check_group`.
+        """
+        if group != "batch" or reducer.world_size == 1:
+            return cls(RoutingGroups.of(num_rows, context, group), range(num_rows), False, reducer)
+        rows_R = torch.zeros(reducer.world_size, dtype=torch.long, device=device)
+        rows_R[reducer.rank] = num_rows
+        rows = reducer({"rows_R": rows_R})["rows_R"].tolist()
+        start = sum(rows[: reducer.rank])
+        return cls(RoutingGroups.of(sum(rows), context, group), range(start, start + num_rows), True, reducer)
+
+    def gather(self, values_T: Tensor) -> Tensor:
+        """The values of all rows from those of this rank's. Collective where there are several ranks."""
+        return self.reducer.gather(values_T) if self.across_ranks else values_T
+
+    def share(self, values: Tensor) -> Tensor:
+        """This rank's of the values of all rows."""
+        return values[self.own.start : self.own.stop]
+
+
+def check_groups(group: Group, samples_per_rank: int, world_size: int) -> None:
+    """Refuses groups of images that would reach over several ranks.
+
+    Args:
+        group: As ``moe.gate.group``.
+        samples_per_rank: Samples of each rank in a whole micro-batch.
+        world_size: Number of ranks.
+
+    Raises:
+        ValueError: See :func:`check_group`; a number of images that does not divide a rank's.
+    """
+    check_group(group)
+    if isinstance(group, int) and world_size > 1 and samples_per_rank % group:
+        allowed = [number for number in range(1, samples_per_rank + 1) if samples_per_rank % number == 0]
+        raise ValueError(
+            f"group ({group}) must divide the {samples_per_rank} images that each of {world_size} processes has of a "
+            f"micro-batch: set it to {', '.join(map(str, allowed))}, image or batch"
+        )
 
 
 def check_group(group: Group) -> None:

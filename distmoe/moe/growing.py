@@ -1,7 +1,8 @@
 """Mixtures that start from trained weights: of a dense network (sparse upcycling), or of a mixture of fewer experts.
 
 Where a tensor starts from is an :class:`Origin`, by name and shape, so that everything is checked before anything is
-changed. What is drawn is keyed by an expert's global id: every placement of the experts starts alike.
+changed. Names and shapes are those of the whole model also where this rank holds a part of the experts; of the trained
+tensors it reads only what it needs. What is drawn is keyed by an expert's global id: every placement starts alike.
 
 Example:
     >>> layer = MoELayer(gate, MLPExperts(range(8), width=64, hidden=256))
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import EllipsisType
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,21 @@ from distmoe.moe.gates.soft import SoftGate
 from distmoe.moe.layer import MoELayer
 
 
+class TrainedTensors(Protocol):
+    """The tensors of a trained model, which can be read in parts."""
+
+    def shapes(self) -> Mapping[str, torch.Size]:
+        """Of all of them, by name."""
+        ...
+
+    def read(self, name: str, rows: range | None = None) -> Tensor:
+        """One of them on the CPU: these entries of its first axis, without reading the rest; None: all of it."""
+        ...
+
+
+Trained = Mapping[str, Tensor] | TrainedTensors
+
+
 @dataclass(frozen=True)
 class Origin:
     """What one tensor of a model, or a part of it, starts from.
@@ -34,18 +51,24 @@ class Origin:
         target: Its name in this model.
         source: Name of a tensor of the trained model.
         shape: Shape which that must have.
-        take: Copies from it what belongs here.
+        take: Copies what belongs here from the rows of it.
+        rows: Entries of its first axis that this rank needs; None: all; empty: its experts live on other ranks.
     """
 
     target: str
     source: str
     shape: torch.Size
     take: Callable[[Tensor], object]
+    rows: range | None = None
 
 
 def exact(model: nn.Module) -> list[Origin]:
     """Every parameter and buffer from the one of the same name and shape."""
-    return [Origin(name, name, own.shape, own.copy_) for name, own in _tensors(model).items()]
+    origins = {name: Origin(name, name, own.shape, own.copy_) for name, own in _tensors(model).items()}
+    for mixture in _mixtures(model):
+        for origin in _experts(mixture, mixture.gate.num_experts):
+            origins[origin.target] = origin
+    return list(origins.values())
 
 
 def upcycled(model: nn.Module, noise_std: float = 0.0, seed: int = 0) -> list[Origin]:
@@ -106,30 +129,30 @@ def grown(model: nn.Module, num_trained: int) -> list[Origin]:
             raise ValueError(
                 f"{num_trained} trained experts are more than the {mixture.gate.num_experts} of this model"
             )
-        for expert_id in range(num_trained, mixture.gate.num_experts):
-            fresh = f"{mixture.path}experts.modules_by_id.{expert_id}."
-            origins = {name: origin for name, origin in origins.items() if not name.startswith(fresh)}
-        for origin in [*_grown_experts(mixture, num_trained), *_grown_gate(mixture, num_trained)]:
+        experts = f"{mixture.path}experts."
+        origins = {name: origin for name, origin in origins.items() if not name.startswith(experts)}
+        for origin in [*_experts(mixture, num_trained), *_grown_gate(mixture, num_trained)]:
             origins[origin.target] = origin
     return list(origins.values())
 
 
-def mismatches(origins: list[Origin], tensors: Mapping[str, Tensor]) -> list[str]:
+def mismatches(origins: list[Origin], tensors: Trained) -> list[str]:
     """What keeps a model from starting from these tensors: missing ones, ones too many, other shapes; sorted."""
-    shapes = {origin.source: origin.shape for origin in origins}
-    problems = [f"{name} is missing" for name in shapes.keys() - tensors.keys()]
-    problems += [f"{name} is not in this model" for name in tensors.keys() - shapes.keys()]
+    needed = {origin.source: origin.shape for origin in origins}
+    given = _as_trained(tensors).shapes()
+    problems = [f"{name} is missing" for name in needed.keys() - given.keys()]
+    problems += [f"{name} is not in this model" for name in given.keys() - needed.keys()]
     problems += [
-        f"{name} has shape {list(tensors[name].shape)}, this model takes {list(shapes[name])}"
-        for name in shapes.keys() & tensors.keys()
-        if tensors[name].shape != shapes[name]
+        f"{name} has shape {list(given[name])}, this model takes {list(needed[name])}"
+        for name in needed.keys() & given.keys()
+        if given[name] != needed[name]
     ]
     return sorted(problems)
 
 
 @torch.no_grad()
-def take_weights(origins: list[Origin], tensors: Mapping[str, Tensor]) -> None:
-    """Copies trained tensors to where they belong.
+def take_weights(origins: list[Origin], tensors: Trained) -> None:
+    """Copies trained tensors, or the parts that this rank needs, to where they belong.
 
     Raises:
         ValueError: They do not fit; nothing was changed.
@@ -137,8 +160,10 @@ def take_weights(origins: list[Origin], tensors: Mapping[str, Tensor]) -> None:
     problems = mismatches(origins, tensors)
     if problems:
         raise ValueError(f"{len(problems)} of the trained tensors do not fit: {'; '.join(problems[:3])}")
+    trained = _as_trained(tensors)
     for origin in origins:
-        origin.take(tensors[origin.source])
+        if origin.rows is None or len(origin.rows) > 0:
+            origin.take(trained.read(origin.source, origin.rows))
 
 
 class FrozenExperts:
@@ -180,6 +205,24 @@ class FrozenExperts:
                 parameter[part].copy_(weights)
 
 
+class _InMemory:
+    """Whole tensors as :class:`TrainedTensors`."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def shapes(self) -> dict[str, torch.Size]:
+        return {name: tensor.shape for name, tensor in self._tensors.items()}
+
+    def read(self, name: str, rows: range | None = None) -> Tensor:
+        tensor = self._tensors[name]
+        return tensor if rows is None else tensor[rows.start : rows.stop]
+
+
+def _as_trained(tensors: Trained) -> TrainedTensors:
+    return _InMemory(tensors) if isinstance(tensors, Mapping) else tensors
+
+
 def _zeroing(part: slice | EllipsisType) -> Callable[[Tensor], Tensor]:
     def zero(gradient: Tensor) -> Tensor:
         gradient = gradient.clone()  # a hook must leave what it is given as it is
@@ -210,9 +253,9 @@ def _mixtures(model: nn.Module) -> Iterator[_Mixture]:
             yield _Mixture(f"{name}." if name else "", layer, gate, experts)
 
 
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
+def _tensors(module: nn.Module, recurse: bool = True) -> dict[str, Tensor]:
     """Parameters and buffers by name, without gradient; they share memory with the module's."""
-    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    tensors = {**dict(module.named_parameters(recurse=recurse)), **dict(module.named_buffers(recurse=recurse))}
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
@@ -235,23 +278,21 @@ def _copy_with_noise(own: Tensor, key: int, noise_std: float, dense: Tensor) -> 
         own.add_((draws * (noise_std * dense.float().std(correction=0))).to(own))
 
 
-def _grown_experts(mixture: _Mixture, num_trained: int) -> Iterator[Origin]:
-    """Of stacks, the slices of this rank's trained experts; of modules, those that live on other ranks."""
+def _experts(mixture: _Mixture, num_trained: int) -> Iterator[Origin]:
+    """The first ``num_trained`` experts, each from itself: of this rank's what they need, of the others' only names."""
     path, experts = f"{mixture.path}experts", mixture.experts
     ids = experts.expert_ids[: mixture.num_local(num_trained)]
-    for name, stack in experts.named_parameters(path, recurse=False):
+    for name, stack in _tensors(experts, recurse=False).items():
         shape = torch.Size((num_trained, *stack.shape[1:]))
-        yield Origin(name, name, shape, partial(_copy_slices, stack.detach()[: len(ids)], ids))
+        yield Origin(f"{path}.{name}", f"{path}.{name}", shape, stack[: len(ids)].copy_, ids)
     if isinstance(experts, ModuleExperts):
         like = _tensors(next(iter(experts.modules_by_id.values())))
-        for expert_id in set(range(num_trained)) - set(experts.expert_ids):
-            for short, tensor in like.items():
+        for expert_id in range(num_trained):
+            local = expert_id in experts.expert_ids
+            tensors = _tensors(experts.modules_by_id[str(expert_id)]) if local else like
+            for short, tensor in tensors.items():
                 name = f"{path}.modules_by_id.{expert_id}.{short}"
-                yield Origin(name, name, tensor.shape, lambda trained: None)  # of the model, but not of this rank
-
-
-def _copy_slices(own: Tensor, ids: range, trained: Tensor) -> None:
-    own.copy_(trained[ids.start : ids.stop])
+                yield Origin(name, name, tensor.shape, tensor.copy_, None if local else range(0))
 
 
 def _grown_gate(mixture: _Mixture, num_trained: int) -> Iterator[Origin]:

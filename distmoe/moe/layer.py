@@ -1,6 +1,7 @@
 """The MoE layer: gate -> dispatch -> experts -> combine."""
 
 from dataclasses import replace
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +79,10 @@ class MoELayer(nn.Module):
 
         routing = self.gate.route(x_T, context)
         rows = x_T if routing.mixing is None else routing.mixing.to_slots(x_T)
-        rows_R, rows_per_expert_L, plan = self.dispatcher.dispatch(rows, routing.row_ids_A, routing.expert_ids_A)
+        shared = None if self.shared is None else cache(partial(self.shared, x_T))  # computed when first asked for
+        rows_R, rows_per_expert_L, plan = self.dispatcher.dispatch(
+            rows, routing.row_ids_A, routing.expert_ids_A, shared
+        )
         result = self.experts(rows_R, rows_per_expert_L)
         output_R = result[0] if isinstance(result, tuple) else result
         if self.gate.needs_hidden:
@@ -89,8 +93,8 @@ class MoELayer(nn.Module):
         y_T = self.dispatcher.combine(output_R, plan, routing.weights_A)
         if routing.mixing is not None:
             y_T = routing.mixing.from_slots(y_T)
-        if self.shared is not None:
-            y_T = y_T + self.shared(x_T)
+        if shared is not None:
+            y_T = y_T + shared()
         return y_T.to(x.dtype).unflatten(0, leading), replace(routing, rows_per_sample=rows_per_sample)
 
     def _own_context(self, x: Tensor) -> Context:

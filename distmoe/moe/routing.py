@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from distmoe.moe.groups import RoutingGroups
+from distmoe.moe.sums import Reducer, no_reduction
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -22,27 +23,51 @@ def at_least_float32(x: Tensor) -> Tensor:
 class SlotMixing:
     """The two matrices of Soft MoE, applied on the tokens' own rank: a dispatcher sees slots only.
 
+    One group may hold the tokens of several ranks. Its slots are then added up over them, each slot is worked on by one
+    rank, and every rank gets all outputs back.
+
     Attributes:
         groups: How T tokens fall into G groups of N.
         into_GNS: (G, N, S) weight of each token in each slot; sums to 1 over the tokens of a group.
         out_of_GNS: (G, N, S) weight of each slot's output in each token; sums to 1 over the slots.
+        reducer: Over the ranks that share the slots. If there are several, G is 1, or 0 if none of them has a token,
+            and N is this rank's T.
     """
 
     groups: RoutingGroups
     into_GNS: Tensor
     out_of_GNS: Tensor
+    reducer: Reducer = no_reduction
+
+    @property
+    def own_slots(self) -> range:
+        """Those of the G * S slots that this rank dispatches: an even share of consecutive ones, maybe none."""
+        slots, rank, num_ranks = len(self.out_of_GNS) * self.out_of_GNS.shape[2], self.reducer.rank, self.num_ranks
+        return range(slots * rank // num_ranks, slots * (rank + 1) // num_ranks)
+
+    @property
+    def num_ranks(self) -> int:
+        """That share the slots."""
+        return self.reducer.world_size
 
     def to_slots(self, x_T: Tensor) -> Tensor:
-        """(T, ...) tokens to (G * S, ...) slots, averaged in float32 or wider, in the tokens' dtype."""
-        x_GND = self.groups.fold(at_least_float32(x_T).reshape(len(x_T), x_T.shape[1:].numel()))
+        """(T, ...) tokens to the slots that this rank dispatches, (:attr:`own_slots`, ...).
+
+        They are averaged in float32 or wider, in the tokens' dtype. Collective if several ranks share the slots.
+        """
+        x_TD = at_least_float32(x_T).reshape(len(x_T), x_T.shape[1:].numel())
+        x_GND = self.groups.fold(x_TD) if self.num_ranks == 1 else x_TD.unflatten(0, self.into_GNS.shape[:2])
         with torch.autocast(x_T.device.type, enabled=False):
             slots = torch.einsum("gns,gnd->gsd", self.into_GNS, x_GND).flatten(0, 1)
+        if self.num_ranks > 1:
+            slots = self.reducer({"slots": slots})["slots"][self.own_slots.start : self.own_slots.stop]
         return slots.reshape(len(slots), *x_T.shape[1:]).to(x_T.dtype)
 
     def from_slots(self, y: Tensor) -> Tensor:
-        """(G * S, ...) outputs of the slots to (T, ...), float32 or wider."""
+        """Outputs of the slots that this rank dispatched to (T, ...), float32 or wider. Collective as above."""
         num_groups, _, num_slots = self.out_of_GNS.shape
-        y_GSD = at_least_float32(y).reshape(num_groups, num_slots, y.shape[1:].numel())
+        y = self.reducer.gather(at_least_float32(y))
+        y_GSD = y.reshape(num_groups, num_slots, y.shape[1:].numel())
         with torch.autocast(y.device.type, enabled=False):
             tokens = self.groups.unfold(torch.einsum("gns,gsd->gnd", self.out_of_GNS, y_GSD))
         return tokens.reshape(len(tokens), *y.shape[1:])
@@ -59,7 +84,7 @@ class Routing:
     Rows are the tokens; for Soft MoE they are the slots, while logits and probabilities stay those of the tokens.
 
     Attributes:
-        num_rows: Rows that assignments count: T, or G * S slots where there is a ``mixing``.
+        num_rows: Rows that assignments count: T, or this rank's slots where there is a ``mixing``.
         num_experts: E.
         row_ids_A: (A,) int64 row of each assignment.
         expert_ids_A: (A,) int64 expert of each assignment.

@@ -8,7 +8,15 @@ Sums = dict[str, Tensor]
 
 
 class Reducer(Protocol):
-    """Adds or gathers tensors over all ranks; the gradient of the result reaches every rank's own share."""
+    """Adds or gathers tensors over all ranks; the gradient of the result reaches every rank's own share.
+
+    Attributes:
+        rank: Of this process.
+        world_size: Number of ranks.
+    """
+
+    rank: int
+    world_size: int
 
     def __call__(self, sums: Sums) -> Sums:
         """The sums over all ranks, in their dtype. Collective: every rank calls it, in the same order."""
@@ -21,6 +29,9 @@ class Reducer(Protocol):
 
 class NoReduction:
     """The :class:`Reducer` of one process: what it is given."""
+
+    rank = 0
+    world_size = 1
 
     def __call__(self, sums: Sums) -> Sums:
         """The sums themselves."""

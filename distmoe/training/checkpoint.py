@@ -1,9 +1,10 @@
-"""Checkpoints: everything a run needs to go on, by canonical name, written whole or not at all.
+"""Checkpoints: everything a run needs to go on, in any layout, written whole or not at all.
 
-A checkpoint is a folder ``step-N`` of safetensors and JSON files, so loading runs nobody's code:
-``weights.safetensors`` (parameters, float32), ``buffers.safetensors``, ``moments.safetensors`` (keys ``moment:name``),
-``average.safetensors`` (if weights are averaged), ``state.json``, ``config.yaml`` and ``checksums.json``. It is
-written into a temporary folder, flushed to disk and renamed; whatever is not whole is never taken for a checkpoint.
+A checkpoint is a folder ``step-N`` of safetensors and JSON files, so loading runs nobody's code: a file of tensors from
+every rank (:mod:`distmoe.training.tensor_files`), ``index.json`` (which element of which tensor is where),
+``state.json``, ``config.yaml`` and ``checksums.json``. Tensors have the names and shapes of the one-process model. All
+ranks write at once into a temporary folder, which is flushed to disk and renamed; whatever is not whole is never taken
+for a checkpoint.
 """
 
 import dataclasses
@@ -11,25 +12,28 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from distmoe.contracts import DataSpec, UserError
-from distmoe.parallel.engines.protocol import ParameterState
+from distmoe.parallel.control import Control
+from distmoe.parallel.shards import AVERAGE, WEIGHT, Piece
+from distmoe.training.tensor_files import Index, ModelTensors, PieceFiles, as_rows, merge, piece_file, write_pieces
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 _TEMPORARY = ".writing-"
 _REPLACED = ".replaced-"
-_ALWAYS = {"weights.safetensors", "moments.safetensors", "buffers.safetensors", "state.json", "config.yaml"}
+_ALWAYS = {"index.json", "state.json", "config.yaml"}
 
 
 class DamagedCheckpointError(UserError):
@@ -63,13 +67,10 @@ class Best:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """The content of a checkpoint.
+    """The content of a checkpoint besides its tensors.
 
     Attributes:
         progress: Position in the run.
-        parameters: Weights and moments by canonical name.
-        buffers: Registered buffers by name.
-        average: Averaged weights by parameter name, or None.
         best: Best validation result, or None before the first.
         scaler: Loss scale of fp16, else empty.
         fingerprint: Of the data.
@@ -80,9 +81,6 @@ class TrainingState:
     """
 
     progress: Progress
-    parameters: Mapping[str, ParameterState]
-    buffers: Mapping[str, Tensor]
-    average: Mapping[str, Tensor] | None
     best: Best | None
     scaler: Mapping[str, float]
     fingerprint: str
@@ -91,15 +89,27 @@ class TrainingState:
     interval: Mapping[str, float] = field(default_factory=dict)
     times: Mapping[str, float] = field(default_factory=dict)
 
-    def inference_weights(self) -> dict[str, Tensor]:
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint, opened; its tensors are read when somebody asks for them.
+
+    Attributes:
+        state: What it holds besides tensors.
+        tensors: Weights, moments, buffers and averages.
+    """
+
+    state: TrainingState
+    tensors: PieceFiles
+
+    def trained(self) -> ModelTensors:
         """What a trained model holds: averaged weights where there are any, and buffers."""
-        weights = self.average or {name: state.weight for name, state in self.parameters.items()}
-        return {**weights, **self.buffers}
+        return ModelTensors(self.tensors, AVERAGE if self.tensors.names(AVERAGE) else WEIGHT)
 
 
 @dataclass
 class CheckpointFolder:
-    """The checkpoints of one run.
+    """The checkpoints of one run, on storage that all its ranks share.
 
     What is damaged is renamed to ``damaged-step-N`` when a run goes on from an older one: it is out of the way, and
     still there to be looked at.
@@ -112,29 +122,29 @@ class CheckpointFolder:
     root: Path
     keep: int
 
-    def save(self, state: TrainingState) -> Path:
-        """Writes ``step-N`` and removes what is old.
+    def save(self, state: TrainingState, pieces: Iterable[Piece], control: Control | None = None) -> Path:
+        """Writes ``step-N`` and removes what is old. Collective.
+
+        Args:
+            state: That of rank 0 is written.
+            pieces: What this rank writes; over all ranks every element of every tensor once.
+            control: Of all ranks; None: there is one.
 
         Raises:
-            UserError: It could not be written (disk full, folder not writable); the older ones are untouched.
+            UserError: A rank could not write (disk full, folder not writable or not shared); on all ranks, and the
+                older checkpoints are untouched.
         """
+        control = control or Control()
         target = self.path(state.progress.step)
         temporary = self.root / f"{_TEMPORARY}{target.name}"
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            for leftover in self.root.glob(f"{_TEMPORARY}*"):
-                shutil.rmtree(leftover)
-            temporary.mkdir()
-            _write(temporary, state)
-            self._replace(target, temporary)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            reason = getattr(error, "strerror", None) or str(error)
-            raise UserError(
-                f"checkpoint {target}: cannot be written ({reason}); free space or make {self.root} writable, then go "
-                "on with run.resume=true from the newest whole checkpoint"
-            ) from None
-        self._prune(state)
+            control.on_main(lambda: self._begin(target, temporary))
+            control.together(lambda: _write_share(target, temporary, pieces, control))
+            control.on_main(lambda: self._finish(target, temporary, state, control.world_size))
+        except ValueError:
+            if control.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
         return target
 
     def path(self, step: int) -> Path:
@@ -146,30 +156,54 @@ class CheckpointFolder:
         names = [path.name.removeprefix("step-") for path in self.root.glob("step-*") if path.is_dir()]
         return sorted(int(name) for name in names if name.isdigit())
 
-    def newest(self, set_aside: bool = False) -> TrainingState | None:
-        """The newest whole checkpoint; None if there is none.
+    def newest(self, set_aside: bool = False, control: Control | None = None) -> Checkpoint | None:
+        """The newest whole checkpoint, the same on all ranks; None if there is none. Collective.
 
         Args:
             set_aside: Rename what is damaged, besides the warning, and put back what a crash left half-replaced.
+            control: Of all ranks; None: there is one.
 
         Raises:
             UserError: One cannot be read although it is not damaged (permissions, another format): going on from an
                 older one would throw it away.
         """
-        if set_aside:
-            for kept in self.root.glob(f"{_REPLACED}step-*"):
-                target = self.root / kept.name.removeprefix(_REPLACED)
-                kept.rename(target) if not target.exists() else shutil.rmtree(kept)
-        for step in reversed(self.steps()):
+        control = control or Control()
+        for step in reversed(control.on_main(lambda: self._whole_or_not(set_aside))):
             try:
-                return load_checkpoint(self.path(step))
+                return load_checkpoint(self.path(step), control)
             except DamagedCheckpointError as error:
-                logger.warning("%s; trying the one before", error)
+                if control.is_main:
+                    logger.warning("%s; trying the one before", error)
                 if set_aside:
-                    aside = self.root / f"damaged-step-{step}"
-                    shutil.rmtree(aside, ignore_errors=True)
-                    self.path(step).rename(aside)
+                    control.on_main(partial(self._set_aside, step))
         return None
+
+    def _begin(self, target: Path, temporary: Path) -> None:
+        with _writing(target):
+            self.root.mkdir(parents=True, exist_ok=True)
+            for leftover in self.root.glob(f"{_TEMPORARY}*"):
+                shutil.rmtree(leftover)
+            temporary.mkdir()
+
+    def _finish(self, target: Path, temporary: Path, state: TrainingState, world_size: int) -> None:
+        with _writing(target):
+            _write_description(target, temporary, state, world_size)
+            self._replace(target, temporary)
+        self._prune(state)
+
+    def _whole_or_not(self, set_aside: bool) -> list[int]:
+        if set_aside:
+            with _renaming(self.root):
+                for kept in self.root.glob(f"{_REPLACED}step-*"):
+                    target = self.root / kept.name.removeprefix(_REPLACED)
+                    kept.rename(target) if not target.exists() else shutil.rmtree(kept)
+        return self.steps()
+
+    def _set_aside(self, step: int) -> None:
+        aside = self.root / f"damaged-step-{step}"
+        with _renaming(self.root):
+            shutil.rmtree(aside, ignore_errors=True)
+            self.path(step).rename(aside)
 
     def _replace(self, target: Path, temporary: Path) -> None:
         """Puts ``temporary`` in the place of ``target``: a step saved again after its evaluation."""
@@ -193,33 +227,22 @@ class CheckpointFolder:
                 shutil.rmtree(self.path(step), ignore_errors=True)
 
 
-def load_checkpoint(folder: Path) -> TrainingState:
-    """Reads and verifies one checkpoint folder.
+def load_checkpoint(folder: Path, control: Control | None = None) -> Checkpoint:
+    """Opens and verifies one checkpoint folder; each rank verifies its share of the files of tensors. Collective.
+
+    Args:
+        folder: ``step-N``.
+        control: Of all ranks; None: there is one.
 
     Raises:
-        DamagedCheckpointError: It is missing or damaged; the message names the file.
+        DamagedCheckpointError: It is missing or damaged; the message names the file. On all ranks alike, as the other.
         UserError: It may not be read, or is of another format.
     """
-    try:
-        checksums = json.loads((folder / "checksums.json").read_text())
-        if unlisted := _ALWAYS - checksums.keys():
-            raise DamagedCheckpointError(f"checkpoint {folder}: checksums.json lacks {min(unlisted)}; use another")
-        for name, expected in checksums.items():
-            if _checksum(folder / name) != expected:
-                raise DamagedCheckpointError(f"checkpoint {folder}: {name} is damaged (checksum differs); use another")
-        values = json.loads((folder / "state.json").read_text())
-        if values["format"] != FORMAT:
-            raise UserError(f"checkpoint {folder}: format {values['format']}, this version reads {FORMAT}")
-        return _read(folder, values)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        name = Path(error.filename or "").name or "it"
-        raise DamagedCheckpointError(f"checkpoint {folder}: {name} is missing; use another") from None
-    except OSError as error:
-        raise UserError(f"checkpoint {folder}: cannot be read ({error}); mend that, or use another") from None
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise DamagedCheckpointError(f"checkpoint {folder}: cannot be read ({error}); use another") from None
+    control = control or Control()
+    state, index, checksums = control.on_main(lambda: _read_description(folder))
+    files = sorted(checksums.keys() - _ALWAYS)[control.rank :: control.world_size]
+    control.together(lambda: _verify(folder, checksums, files))
+    return Checkpoint(state, PieceFiles(folder, index))
 
 
 def spec_to_json(spec: DataSpec) -> dict[str, Any]:
@@ -233,18 +256,36 @@ def spec_from_json(values: Mapping[str, Any]) -> DataSpec:
     return DataSpec(**plain)
 
 
-def _write(folder: Path, state: TrainingState) -> None:
-    tensors: dict[str, Mapping[str, Tensor]] = {
-        "weights.safetensors": {name: one.weight for name, one in state.parameters.items()},
-        "moments.safetensors": {
-            f"{moment}:{name}": value for name, one in state.parameters.items() for moment, value in one.moments.items()
-        },
-        "buffers.safetensors": state.buffers,
-    }
-    if state.average is not None:
-        tensors["average.safetensors"] = state.average
-    for name, content in tensors.items():
-        save_file({key: value.detach().cpu().contiguous() for key, value in content.items()}, folder / name)
+def _write_share(target: Path, temporary: Path, pieces: Iterable[Piece], control: Control) -> None:
+    """This rank's pieces, and beside them what rank 0 has to know of them."""
+    where = "" if control.world_size == 1 else f" by rank {control.rank} on host {platform.node()}"
+    with _writing(target, where):
+        if not temporary.is_dir():
+            raise UserError(
+                f"checkpoint {target}: rank {control.rank} on host {platform.node()} does not see the folder that "
+                "rank 0 has made: run.dir must be on storage that all hosts share"
+            )
+        path = temporary / piece_file(control.rank, control.world_size)
+        checksum, rows = write_pieces(path, pieces)
+        note = {"host": platform.node(), "checksum": checksum, "rows": rows}
+        path.with_suffix(".json").write_text(json.dumps(note))
+
+
+def _write_description(target: Path, folder: Path, state: TrainingState, world_size: int) -> None:
+    """Everything that is written once; rank 0, after all ranks have written their pieces."""
+    rows, checksums = [], {}
+    for rank in range(world_size):
+        name = piece_file(rank, world_size)
+        note_file = (folder / name).with_suffix(".json")
+        if not note_file.exists():
+            raise UserError(
+                f"checkpoint {target}: host {platform.node()} does not see what rank {rank} has written: "
+                "run.dir must be on storage that all hosts share"
+            )
+        note = json.loads(note_file.read_text())
+        rows += note["rows"]
+        checksums[name] = note["checksum"]
+        note_file.unlink()
     values = {
         "format": FORMAT,
         "progress": dataclasses.asdict(state.progress),
@@ -255,32 +296,89 @@ def _write(folder: Path, state: TrainingState) -> None:
         "interval": dict(state.interval),
         "times": dict(state.times),
     }
-    (folder / "state.json").write_text(json.dumps(values, indent=1))
-    (folder / "config.yaml").write_text(state.config_yaml)
-    checksums = {path.name: _checksum(path) for path in sorted(folder.iterdir())}
+    texts = {
+        "index.json": json.dumps(as_rows(merge(rows))),
+        "state.json": json.dumps(values, indent=1),
+        "config.yaml": state.config_yaml,
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+        checksums[name] = _checksum(folder / name)
     (folder / "checksums.json").write_text(json.dumps(checksums, indent=1))
-    for path in folder.iterdir():
-        _flush(path)
+    for name in (*texts, "checksums.json"):
+        _flush(folder / name)
     _flush(folder)
 
 
-def _read(folder: Path, values: dict[str, Any]) -> TrainingState:
-    moments: dict[str, dict[str, Tensor]] = {}
-    for key, value in load_file(folder / "moments.safetensors").items():
-        moment, _, name = key.partition(":")
-        moments.setdefault(name, {})[moment] = value
-    weights = load_file(folder / "weights.safetensors")
-    average = folder / "average.safetensors"
+@contextmanager
+def _writing(target: Path, where: str = "") -> Iterator[None]:
+    """What the disk refuses becomes a message for the user."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"checkpoint {target}: cannot be written{where} ({error.strerror or error}); free space or make "
+            f"{target.parent} writable, then go on with run.resume=true from the newest whole checkpoint"
+        ) from None
+
+
+@contextmanager
+def _renaming(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"checkpoints in {root}: cannot be renamed ({error.strerror}); make it writable") from None
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """What is not there or not as it should be is damage; what may not be read is not."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError) as error:
+        name = Path(error.filename or "").name or "it"
+        raise DamagedCheckpointError(f"checkpoint {folder}: {name} is missing; use another") from None
+    except OSError as error:
+        raise UserError(f"checkpoint {folder}: cannot be read ({error}); mend that, or use another") from None
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise DamagedCheckpointError(f"checkpoint {folder}: cannot be read ({error}); use another") from None
+
+
+def _read_description(folder: Path) -> tuple[TrainingState, Index, dict[str, str]]:
+    """Of a checkpoint whose small files are whole: state, index and checksums."""
+    with _reading(folder):
+        checksums = json.loads((folder / "checksums.json").read_text())
+        _verify(folder, checksums, ["state.json"])
+        values = json.loads((folder / "state.json").read_text())
+        if values["format"] != FORMAT:
+            raise UserError(f"checkpoint {folder}: format {values['format']}, this version reads {FORMAT}")
+        _verify(folder, checksums, _ALWAYS)
+        index = merge(json.loads((folder / "index.json").read_text()))
+        needed = {segment.file for stored in index.values() for segment in stored.segments}
+        if unlisted := needed - checksums.keys():
+            raise DamagedCheckpointError(f"checkpoint {folder}: checksums.json lacks {min(unlisted)}; use another")
+        return _state(values, (folder / "config.yaml").read_text()), index, checksums
+
+
+def _verify(folder: Path, checksums: Mapping[str, str], names: Iterable[str]) -> None:
+    with _reading(folder):
+        for name in sorted(names):
+            if name not in checksums:
+                raise DamagedCheckpointError(f"checkpoint {folder}: checksums.json lacks {name}; use another")
+            if _checksum(folder / name) != checksums[name]:
+                raise DamagedCheckpointError(f"checkpoint {folder}: {name} is damaged (checksum differs); use another")
+
+
+def _state(values: Mapping[str, Any], config_yaml: str) -> TrainingState:
     return TrainingState(
         progress=Progress(**values["progress"]),
-        parameters={name: ParameterState(weight, moments.get(name, {})) for name, weight in weights.items()},
-        buffers=load_file(folder / "buffers.safetensors"),
-        average=load_file(average) if average.exists() else None,
         best=Best(**values["best"]) if values["best"] else None,
         scaler=values["scaler"],
         fingerprint=values["fingerprint"],
         spec=spec_from_json(values["spec"]),
-        config_yaml=(folder / "config.yaml").read_text(),
+        config_yaml=config_yaml,
         interval=values["interval"],
         times=values["times"],
     )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distmoe.contracts import UserError
 from distmoe.moe.measures import describe_routing, routing_sums
-from distmoe.moe.sums import add_sums
+from distmoe.moe.sums import Reducer, add_sums, no_reduction
 from distmoe.training.run_folder import write_whole
 from distmoe.training.step import StepResult
 
@@ -92,7 +92,7 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
 
 
 class Interval:
-    """What happened since the last log line. Sums stay on the device until :meth:`describe`."""
+    """What happened since the last log line. Sums stay on the device, and on their rank, until :meth:`describe`."""
 
     def __init__(self) -> None:
         self.clear()
@@ -113,8 +113,21 @@ class Interval:
         self._steps += 1
         self._health = result.health if self._health is None else self._health + result.health
 
+    def collect(self, reducer: Reducer) -> None:
+        """Moves the sums of all ranks to rank 0, before they are saved. Collective.
+
+        They add up to the same as before, and in the order in which a run resumed from there adds them up.
+        """
+        self._sums = dict(reducer(self._sums))
+        self.keep_on_main(reducer.rank)
+
+    def keep_on_main(self, rank: int) -> None:
+        """On ranks above 0, takes the sums away that rank 0 has as well."""
+        if rank > 0:
+            self._sums = {name: torch.zeros_like(value) for name, value in self._sums.items()}
+
     def state(self) -> dict[str, float]:
-        """What a resumed run needs to write the same next line."""
+        """What a resumed run needs to write the same next line; on rank 0, after :meth:`collect`."""
         named = {"sums": self._sums, "auxiliary": self._auxiliary}
         values = {f"{kind}:{name}": float(value) for kind, sums in named.items() for name, value in sums.items()}
         return {"steps": self._steps, **values}
@@ -130,32 +143,34 @@ class Interval:
                 sums[name] = torch.tensor(value, dtype=torch.float64, device=device)
 
     def finite(self) -> bool:
-        """Whether every loss and gradient norm of the interval was finite. Waits for the device."""
+        """Whether every loss and gradient norm of the interval was finite on this rank. Waits for the device."""
         return self._health is None or math.isfinite(float(self._health))
 
-    def describe(self, weights: Mapping[str, float]) -> dict[str, float]:
-        """The numbers of a log line: means over the interval, and the last step's routing by layer.
+    def describe(self, weights: Mapping[str, float], reducer: Reducer = no_reduction) -> dict[str, float]:
+        """The numbers of a log line: means over the interval, and the last step's routing by layer. Collective.
 
         Args:
             weights: Of the auxiliary losses, for ``loss``.
+            reducer: Adds sums over ranks.
         """
         assert self._last is not None, "nothing was added"
-        samples = float(self._sums["samples"])
+        totals = reducer(self._sums)
+        samples = float(totals["samples"])
         auxiliary = {name: float(value) / self._steps for name, value in self._auxiliary.items()}
         numbers = {
-            "loss": float(self._sums["loss"]) / samples + sum(weights[name] * one for name, one in auxiliary.items()),
-            "cross_entropy": float(self._sums["cross_entropy"]) / samples,
+            "loss": float(totals["loss"]) / samples + sum(weights[name] * one for name, one in auxiliary.items()),
+            "cross_entropy": float(totals["cross_entropy"]) / samples,
             **auxiliary,
-            "accuracy": float(self._sums["correct"]) / samples,
+            "accuracy": float(totals["correct"]) / samples,
             "gradient_norm": float(self._last.gradient_norm),
         }
         for layer, routing in self._last.routings.items():
-            sums = routing_sums(routing)
+            sums = reducer(routing_sums(routing))
             numbers |= {f"{layer}/{name}": value for name, value in describe_routing(sums).items()}
         return numbers
 
-    def expert_loads(self) -> dict[str, Tensor]:
-        """(E,) share of the last step's assignments for each layer."""
+    def expert_loads(self, reducer: Reducer = no_reduction) -> dict[str, Tensor]:
+        """(E,) share of the last step's assignments for each layer. Collective."""
         assert self._last is not None, "nothing was added"
-        loads = {layer: routing.rows_per_expert().double() for layer, routing in self._last.routings.items()}
+        loads = reducer({layer: one.rows_per_expert().double() for layer, one in self._last.routings.items()})
         return {layer: (load / load.sum().clamp(min=1)).cpu() for layer, load in loads.items()}

@@ -11,7 +11,8 @@ from typing import Any
 from distmoe.config import RunConfig, config_to_yaml, load_config
 from distmoe.contracts import UserError
 from distmoe.data.file_lock import file_lock
-from distmoe.training.checkpoint import CheckpointFolder, DamagedCheckpointError, TrainingState, load_checkpoint
+from distmoe.parallel.control import Control
+from distmoe.training.checkpoint import Checkpoint, CheckpointFolder, DamagedCheckpointError, load_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -156,28 +157,31 @@ class RunFolder:
             raise UserError(f"{self.summary_file}: cannot be read ({error}); remove it and resume the run") from None
         return summary
 
-    def selected(self, select: str, fall_back: bool = False) -> TrainingState:
-        """The checkpoint that is tested: the best on validation, or the last.
+    def selected(self, select: str, fall_back: bool = False, control: Control | None = None) -> Checkpoint:
+        """The checkpoint that is tested: the best on validation, or the last. Collective.
 
         Args:
             select: ``best`` or ``last``.
             fall_back: Whether the newest stands in, with a warning, for a best one that is damaged.
+            control: Of all ranks; None: there is one.
 
         Raises:
-            UserError: There is no whole checkpoint, or the best one is damaged.
+            UserError: There is no whole checkpoint, or the best one is damaged; on all ranks alike.
         """
         checkpoints = self.checkpoints()
-        newest = checkpoints.newest()
+        newest = checkpoints.newest(control=control)
         if newest is None:
             raise UserError(f"run {self.path}: no whole checkpoint in it; train it first")
-        if select == "last" or newest.best is None or newest.best.step == newest.progress.step:
+        best = newest.state.best
+        if select == "last" or best is None or best.step == newest.state.progress.step:
             return newest
         try:
-            return load_checkpoint(checkpoints.path(newest.best.step))
+            return load_checkpoint(checkpoints.path(best.step), control)
         except DamagedCheckpointError as error:
             if not fall_back:
                 raise
-            logger.warning("%s; taking the newest instead of the best", error)
+            if control is None or control.is_main:
+                logger.warning("%s; taking the newest instead of the best", error)
             return newest
 
 

@@ -16,22 +16,27 @@ from distmoe.data.index_plan import IndexPlan, split_validation
 from distmoe.data.loaders import OpenData, open_data
 from distmoe.models import build_model
 from distmoe.models.protocol import Model, Network
+from distmoe.moe.groups import Group, check_groups
 from distmoe.moe.growing import FrozenExperts
 from distmoe.moe.losses import build_losses
+from distmoe.parallel.batch_norm import share_batch_statistics
 from distmoe.parallel.engines import build_engine
 from distmoe.parallel.engines.protocol import Engine
+from distmoe.parallel.mesh import Mesh
 from distmoe.parallel.runtime import Runtime
-from distmoe.training.checkpoint import Best, Progress, TrainingState
+from distmoe.parallel.shards import BUFFER, WEIGHT, Piece, buffer_extents, load_extents, owned_pieces
+from distmoe.training.checkpoint import Best, Checkpoint, Progress, TrainingState
 from distmoe.training.clock import Clock
 from distmoe.training.cost import Cost, measure_cost
 from distmoe.training.ema import WeightAverage
 from distmoe.training.evaluation import Evaluation, evaluate
 from distmoe.training.feed import Feed
-from distmoe.training.loading import load_inference_weights, start_from
+from distmoe.training.loading import check_fits, load_inference_weights, start_from
 from distmoe.training.metrics import Interval
 from distmoe.training.optim import build_optimizer
 from distmoe.training.schedule import build_schedule
 from distmoe.training.step import Mixtures
+from distmoe.training.tensor_files import ModelTensors
 
 logger = logging.getLogger(__name__)
 
@@ -85,12 +90,9 @@ class Session:
         return self.progress.step == self.total_steps and self.progress.evaluated
 
     def state(self) -> TrainingState:
-        """Everything a checkpoint holds."""
+        """Everything a checkpoint holds besides tensors."""
         return TrainingState(
             progress=self.progress,
-            parameters=self.engine.parameter_states(),
-            buffers={name: buffer.detach().cpu() for name, buffer in self.module.named_buffers()},
-            average=self.average.state() if self.average else None,
             best=self.best,
             scaler=self.engine.scaler_state(),
             fingerprint=self.data.fingerprint,
@@ -100,12 +102,34 @@ class Session:
             times=self.clock.state(),
         )
 
-    def restore(self, state: TrainingState) -> None:
-        """Goes on from a checkpoint.
+    def pieces(self) -> Iterator[Piece]:
+        """The tensors this rank writes into a checkpoint, as they are until the next step."""
+        mesh = self.runtime.mesh
+        yield from self.engine.pieces()
+        yield from owned_pieces(BUFFER, buffer_extents(self.module, mesh), mesh)
+        if self.average is not None:
+            yield from self.average.pieces()
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Goes on from a checkpoint, of any layout.
 
         Raises:
             UserError: It is of other data, another model or another optimizer.
         """
+        state, source = checkpoint.state, checkpoint.tensors
+        self._check_resumable(state)
+        check_fits(self.module, ModelTensors(source, WEIGHT), f"checkpoint of step {state.progress.step}")
+        self.engine.load(source, state.progress.step)
+        self.engine.load_scaler_state(state.scaler)
+        load_extents(source, BUFFER, buffer_extents(self.module, self.runtime.mesh))
+        if self.average is not None:
+            self.average.load(source)
+        self.progress, self.best = state.progress, state.best
+        self.interval.load(state.interval, self.runtime.device)
+        if state.times:
+            self.clock.load(state.times)
+
+    def _check_resumable(self, state: TrainingState) -> None:
         self.check_same_data(state)
         if state.progress.step > self.total_steps:
             raise UserError(
@@ -125,16 +149,6 @@ class Session:
                 f"({self.config.optim.name}) cannot use: resume with optim.name={trained_with}, or start a new run "
                 "from its weights with model.init_from"
             )
-        weights = {name: one.weight for name, one in state.parameters.items()}
-        load_inference_weights(self.module, {**weights, **state.buffers}, f"checkpoint of step {state.progress.step}")
-        self.engine.load_parameter_states(state.parameters, state.progress.step)
-        self.engine.load_scaler_state(state.scaler)
-        if self.average is not None:
-            self.average.load(state.average if state.average is not None else weights)
-        self.progress, self.best = state.progress, state.best
-        self.interval.load(state.interval, self.runtime.device)
-        if state.times:
-            self.clock.load(state.times)
 
     def check_same_data(self, state: TrainingState) -> None:
         """Refuses a checkpoint of other data: its test samples may be among those it was trained on.
@@ -152,10 +166,13 @@ class Session:
     def start_from_weights(self, source: str) -> None:
         """Takes the weights of another run, or of an exported file, for the initial ones, as ``model.init_mode`` says.
 
+        Collective.
+
         Raises:
             UserError: There are none, or they do not fit.
         """
-        start_from(self.module, self.config, source)
+        start_from(self.module, self.config, source, self.runtime.control)
+        self.engine.adopt_weights()
         if self.average is not None:
             self.average.restart()
 
@@ -172,44 +189,56 @@ class Session:
         num_classes = self.data.spec.num_classes
         return evaluate(self.model, self.module, batches, num_classes, self.config.seed, self.engine.reducer)
 
-    def select(self, state: TrainingState) -> None:
+    def select(self, checkpoint: Checkpoint) -> None:
         """Puts a checkpoint's trained weights into the model, for a final evaluation."""
-        load_inference_weights(self.module, state.inference_weights(), f"checkpoint of step {state.progress.step}")
+        step = checkpoint.state.progress.step
+        load_inference_weights(self.module, checkpoint.trained(), f"checkpoint of step {step}")
 
 
 @contextmanager
 def open_session(config: RunConfig, runtime: Runtime) -> Iterator[Session]:
-    """Opens data, model and engine, and closes them whatever happens.
+    """Opens data, model and engine, and closes them whatever happens. Collective.
 
     Raises:
         UserError: Anything in the configuration does not fit the data or the machine.
     """
+    runtime.at("opening the data")
     data = open_data(config.data)
     try:
         train_ids, validation_ids = split_validation(data.num_samples["train"], config.data.validation_size)
+        mesh = runtime.mesh
         plan = IndexPlan(
             train_ids,
             config.data.batch_size,
             accumulation=config.train.accumulation,
-            world_size=runtime.world_size,
-            rank=runtime.rank,
+            world_size=mesh.world_size,
+            rank=mesh.rank,
             seed=config.seed,
             drop_last=config.data.drop_last,
         )
-        test_ids = torch.arange(data.num_samples["test"])
-        module = build_model(config, data.spec)
-        total_steps = config.train.max_steps or config.train.epochs * plan.num_steps
-        cost = measure_cost(module, data.spec)  # before the engine adds autocast, under which rows are padded
-        engine = build_engine(config, runtime.device)
+        evaluation_plans = {
+            "validation": _evaluation_plan(validation_ids, config, mesh),
+            "test": _evaluation_plan(torch.arange(data.num_samples["test"]), config, mesh),
+        }
+        _check_groups(config, plan, evaluation_plans)
+        runtime.wait_for_all("opening the data")  # some host may have prepared it: no exchange could wait for that
+        runtime.at("building the model")
+        engine = build_engine(config, mesh, runtime.device, runtime.observe)
     except BaseException:
         data.close()
         raise
     try:
+        module = build_model(config, data.spec, engine.placement)
+        share_batch_statistics(module, engine.communicators)
+        total_steps = config.train.max_steps or config.train.epochs * plan.num_steps
+        # Before the engine adds autocast, under which rows are padded.
+        cost = measure_cost(module, data.spec, reducer=engine.reducer)
         model = engine.prepare(
             module,
             lambda prepared: build_optimizer(config.optim, prepared),
             lambda optimizer, steps_done: build_schedule(config.schedule, optimizer, total_steps, steps_done),
         )
+        runtime.limit_exchanges()
         augmenter = Augmenter(config.data, data.spec, config.seed)
         feed = Feed(data.loaders["train"], augmenter, runtime.device)
         yield Session(
@@ -221,12 +250,9 @@ def open_session(config: RunConfig, runtime: Runtime) -> Iterator[Session]:
             mixtures=_mixtures(config, module),
             cost=cost,
             engine=engine,
-            average=WeightAverage(module, config.train.ema_decay) if config.train.ema_decay else None,
+            average=WeightAverage(module, config.train.ema_decay, mesh) if config.train.ema_decay else None,
             plan=plan,
-            evaluation_plans={
-                "validation": _evaluation_plan(validation_ids, config, runtime),
-                "test": _evaluation_plan(test_ids, config, runtime),
-            },
+            evaluation_plans=evaluation_plans,
             augmenter=augmenter,
             feed=feed,
             clock=Clock(feed),
@@ -246,12 +272,23 @@ def _mixtures(config: RunConfig, module: Network) -> Mixtures:
     return Mixtures(module.gates(), build_losses(config.moe) if config.moe else {}, frozen)
 
 
-def _evaluation_plan(sample_ids: Tensor, config: RunConfig, runtime: Runtime) -> IndexPlan:
+def _evaluation_plan(sample_ids: Tensor, config: RunConfig, mesh: Mesh) -> IndexPlan:
     return IndexPlan(
         sample_ids,
         config.data.eval_batch_size,
-        world_size=runtime.world_size,
-        rank=runtime.rank,
+        world_size=mesh.world_size,
+        rank=mesh.rank,
         shuffle=False,
         drop_last=False,
     )
+
+
+def _check_groups(config: RunConfig, plan: IndexPlan, evaluation_plans: dict[str, IndexPlan]) -> None:
+    """Refuses routing groups of several images that would straddle ranks, in training or in evaluation."""
+    group: Group = getattr(config.moe.gate, "group", "image") if config.moe is not None else "image"
+    evaluated = [("eval_batch_size", one) for one in evaluation_plans.values() if one.num_samples > 0]
+    for setting, one in [("batch_size", plan), *evaluated]:
+        try:
+            check_groups(group, one.rows, one.world_size)
+        except ValueError as error:
+            raise UserError(f"moe.gate.{error}; or change data.{setting} ({one.batch_size})") from None

@@ -1,6 +1,6 @@
 """One optimizer step: forward, losses, backward and update over its micro-batches."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -73,6 +73,11 @@ class Mixtures:
     frozen: FrozenExperts | None = None
 
 
+def nowhere(place: str) -> None:
+    """Takes no note of it."""
+    del place
+
+
 def train_step(
     engine: Engine,
     model: Model,
@@ -80,6 +85,7 @@ def train_step(
     config: RunConfig,
     step: int,
     micro_batches: Iterable[MicroBatch],
+    at: Callable[[str], None] = nowhere,
 ) -> StepResult:
     """Runs one optimizer step. Collective: every rank runs the same number of micro-batches.
 
@@ -94,6 +100,7 @@ def train_step(
         config: The run.
         step: Optimizer step from the start of training.
         micro_batches: In order; the last one has ``last`` set.
+        at: Told what goes on: ``data``, ``forward``, ``backward``, ``update``.
     """
     weights: dict[str, float] = config.moe.loss_weights.model_dump() if config.moe is not None else {}
     sums: dict[str, Tensor] = {}
@@ -102,7 +109,9 @@ def train_step(
     balanced = {name: gate.balancer for name, gate in mixtures.gates.items() if gate.balancer is not None}
     loads: dict[str, Sums] = {name: {} for name in balanced}
     step_samples = 0
+    at("data")
     for micro in micro_batches:
+        at("forward")
         batch, labels, step_samples = micro.batch, micro.batch.labels, micro.step_samples
         context = Context(config.seed, step, batch.sample_ids, training=True)
         with engine.micro_batch(micro.last):
@@ -113,12 +122,15 @@ def train_step(
             loss = losses.sum() * (engine.world_size / micro.step_samples)
             for name, part in parts.items():
                 loss = loss + part * (weights[name] * share)
+            at("backward")
             engine.backward(loss)
         add_sums(sums, _sample_sums(output, losses, labels, config.train.label_smoothing))
         add_sums(auxiliary, {name: part.detach() * share for name, part in parts.items()})
         routings = {name: routing.detach() for name, routing in output.routings.items()}
         for name, balancer in balanced.items():
             add_sums(loads[name], balancer.sums(routings[name]))
+        at("data")
+    at("update")
     with mixtures.frozen.unchanged() if mixtures.frozen is not None else nullcontext():
         gradient_norm = engine.step()
     for name, balancer in balanced.items():

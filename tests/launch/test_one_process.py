@@ -98,12 +98,12 @@ def test_killed_stopped_and_resumed_is_undisturbed(start: Start, data: Path, tmp
     half_written = killed.checkpoints().root / f".writing-step-{saved[-1] + 7}"
     shutil.copytree(killed.checkpoints().path(saved[-1]), half_written)
     (half_written / "state.json").unlink()
-    moments = killed.checkpoints().path(saved[-1]) / "moments.safetensors"
-    os.truncate(moments, moments.stat().st_size // 2)
+    tensors = killed.checkpoints().path(saved[-1]) / "tensors-00001-of-00001.safetensors"
+    os.truncate(tensors, tensors.stat().st_size // 2)
 
     # A launcher that restarts a process does not change its command line.
     log = stop(start(config, TORCHELASTIC_RESTART_COUNT="1"), killed, logged + 5, signal.SIGTERM, 143)
-    assert f"step-{saved[-1]}: moments.safetensors is damaged" in log
+    assert f"step-{saved[-1]}: {tensors.name} is damaged" in log
     assert f"resuming {killed.path} from step {saved[-2]} of {NUM_STEPS}" in log
     assert not half_written.exists()
     log = stop(start(config, "run.resume=true"), killed, steps_logged(killed) + 5, signal.SIGINT, 130)

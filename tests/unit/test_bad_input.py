@@ -362,14 +362,8 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-CHECKPOINT_FILES = [
-    "weights.safetensors",
-    "moments.safetensors",
-    "buffers.safetensors",
-    "state.json",
-    "config.yaml",
-    "checksums.json",
-]
+TENSORS = "tensors-00001-of-00001.safetensors"
+CHECKPOINT_FILES = [TENSORS, "index.json", "state.json", "config.yaml", "checksums.json"]
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "cut": cut,
     "changed": flip,
@@ -385,9 +379,9 @@ def test_damaged_checkpoint_is_passed_over(file: str, damage: str, place: Place,
     newest = checkpoints.path(STEPS)
     DAMAGES[damage](newest / file)
     before = snapshot(checkpoints.root)
-    state = checkpoints.newest()
-    assert state is not None
-    assert state.progress.step == 2
+    found = checkpoints.newest()
+    assert found is not None
+    assert found.state.progress.step == 2
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert record.getMessage().startswith(f"checkpoint {newest}: ")
@@ -395,9 +389,7 @@ def test_damaged_checkpoint_is_passed_over(file: str, damage: str, place: Place,
     assert snapshot(checkpoints.root) == before
 
 
-@pytest.mark.parametrize(
-    ("file", "damage"), [("weights.safetensors", "cut"), ("state.json", "changed"), ("checksums.json", "gone")]
-)
+@pytest.mark.parametrize(("file", "damage"), [(TENSORS, "cut"), ("state.json", "changed"), ("checksums.json", "gone")])
 def test_run_goes_on_from_the_checkpoint_before(
     file: str, damage: str, place: Place, capsys: pytest.CaptureFixture[str]
 ):
@@ -409,8 +401,8 @@ def test_run_goes_on_from_the_checkpoint_before(
     assert f"from step 2 of {STEPS}" in error
     kept = sorted(path.name for path in newest.parent.iterdir())
     assert kept == [f"damaged-step-{STEPS}", "step-2", f"step-{STEPS}"]
-    for name in CHECKPOINT_FILES[:3]:  # the same weights as the undisturbed run's, bit for bit
-        assert (newest / name).read_bytes() == (place.trained / f"checkpoints/step-{STEPS}" / name).read_bytes()
+    # The same tensors as the undisturbed run's, bit for bit.
+    assert (newest / TENSORS).read_bytes() == (place.trained / f"checkpoints/step-{STEPS}" / TENSORS).read_bytes()
 
 
 @pytest.mark.parametrize(

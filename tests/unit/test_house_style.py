@@ -28,9 +28,10 @@ MAY_IMPORT = {
     "training": TRAINING,
     "train": TRAIN,
     "evaluate": TRAIN,
+    "doctor": TRAIN,
     "studies": TRAIN | {"train"},
     "bench": TRAIN | {"train"},
-    "cli": TRAIN | {"train", "evaluate", "studies", "bench"},
+    "cli": TRAIN | {"train", "evaluate", "doctor", "studies", "bench"},
     "__main__": {"cli"},
     "__init__": TRAIN | {"train", "studies", "bench", "cli"},
 }

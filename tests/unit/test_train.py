@@ -35,8 +35,10 @@ from tests.runs import (
     assert_same_run,
     assert_same_state,
     checkpoint_steps,
+    last_checkpoint,
     last_state,
     metrics_lines,
+    pieces_of,
     tiny_config,
     write_quadrants,
     write_tiny_config,
@@ -200,12 +202,12 @@ def test_damaged_checkpoints_are_passed_over(run: Run, caplog: pytest.LogCapture
     parts = run("parts", *overrides, "train.stop_after_steps=6", "run.keep_checkpoints=3")
     root = parts.checkpoints().root
     assert checkpoint_steps(parts) == [2, 4, 6]
-    weights = root / "step-6" / "weights.safetensors"
-    weights.write_bytes(weights.read_bytes()[:100])  # truncated
+    tensors = root / "step-6" / "tensors-00001-of-00001.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:100])  # truncated
     shutil.copytree(root / "step-4", root / ".writing-step-8")  # left behind by a process that died while saving
     (root / ".writing-step-8" / "checksums.json").unlink()
     run("parts", *overrides, "run.resume=true")
-    assert "step-6: weights.safetensors is damaged" in caplog.text
+    assert f"step-6: {tensors.name} is damaged" in caplog.text
     assert sorted(path.name for path in root.iterdir()) == ["damaged-step-6", "step-9"]
     assert_same_run(parts, whole)
 
@@ -281,14 +283,14 @@ def test_run_made_longer_in_the_middle_of_an_epoch_takes_its_remaining_steps(run
     longer = run("run", "train.max_steps=7", "run.resume=true", "schedule.name=constant")
     assert last_state(longer).progress == Progress(7, epoch=1, epoch_step=2)
     whole = run("whole", "train.max_steps=7", "schedule.name=constant")
-    assert_same_state(last_state(longer), last_state(whole))
+    assert_same_state(last_checkpoint(longer), last_checkpoint(whole))
 
 
 def test_damaged_best_checkpoint_does_not_keep_a_run_from_its_end(run: Run, monkeypatch: pytest.MonkeyPatch):
     folder = run("run", "train.stop_after_steps=5")
-    state = last_state(folder)
-    best = dataclasses.replace(state, best=Best(1, 1.0))  # of a step whose checkpoint is gone
-    folder.checkpoints(keep=9).save(best)
+    saved = last_checkpoint(folder)
+    best = dataclasses.replace(saved.state, best=Best(1, 1.0))  # of a step whose checkpoint is gone
+    folder.checkpoints(keep=9).save(best, pieces_of(all_tensors(saved)))
     run("run", "run.resume=true")
     assert summary_of(folder)["selected_step"] == 10
 
@@ -328,11 +330,11 @@ def signals_in_step(monkeypatch: pytest.MonkeyPatch, step: int, *signals: int) -
     """This process gets the signals in the middle of optimizer step ``step`` (from 0)."""
     real_step = flow.train_step
 
-    def train_step(engine: Any, model: Any, mixtures: Any, config: Any, number: int, micro_batches: Any) -> Any:
+    def train_step(engine: Any, model: Any, mixtures: Any, config: Any, number: int, *rest: Any) -> Any:
         if number == step:
             for one in signals:
                 os.kill(os.getpid(), one)
-        return real_step(engine, model, mixtures, config, number, micro_batches)
+        return real_step(engine, model, mixtures, config, number, *rest)
 
     monkeypatch.setattr(flow, "train_step", train_step)
 
@@ -404,7 +406,7 @@ def test_divergence_names_step_and_checkpoint(data: Path, tmp_path: Path, capsys
     folder = RunFolder(tmp_path / "run")
     (good,) = checkpoint_steps(folder)
     assert f"not finite at step {good + 1}; the last good checkpoint is {folder.checkpoints().path(good)}" in message
-    tensors = all_tensors(last_state(folder))
+    tensors = all_tensors(last_checkpoint(folder))
     assert [name for name, tensor in tensors.items() if not tensor.isfinite().all()] == []
     assert metrics_lines(folder)[-1]["step"] == good
 
@@ -416,8 +418,8 @@ def test_infinite_weights_are_not_saved(
     # The loss and the gradient were finite, the update was not.
     real_step = flow.train_step
 
-    def train_step(engine: Any, model: Any, mixtures: Any, config: Any, number: int, micro_batches: Any) -> Any:
-        result = real_step(engine, model, mixtures, config, number, micro_batches)
+    def train_step(engine: Any, model: Any, mixtures: Any, config: Any, number: int, *rest: Any) -> Any:
+        result = real_step(engine, model, mixtures, config, number, *rest)
         if number + 1 == step:
             next(model.parameters()).data[0] = float("inf")
         return result
@@ -486,8 +488,8 @@ def test_selected_checkpoint_is_tested(run: Run, select: str):
     assert [line["accuracy"] for line in tested] == [summary["test_accuracy"]]
     # By hand: the selected checkpoint's weights on the test images.
     model = distmoe.load_model(folder.path)
-    state = load_checkpoint(folder.checkpoints().path(summary["selected_step"]))
-    load_inference_weights(model.network, state.inference_weights(), "checkpoint")
+    selected = load_checkpoint(folder.checkpoints().path(summary["selected_step"]))
+    load_inference_weights(model.network, selected.trained(), "checkpoint")
     images, labels = held_out(Path(model.config.data.path or ""))
     assert accuracy(model.predict(images), labels) == summary["test_accuracy"]
 
@@ -630,17 +632,17 @@ def test_export_and_load(trained: RunFolder, data: Path, tmp_path: Path):
 
 def test_start_from_trained_weights(trained: RunFolder, run: Run):
     folder = run("fine", f"model.init_from={trained.path}", "train.max_steps=1", "optim.lr=1e-9")
-    start = load_checkpoint(trained.checkpoints().path(summary_of(trained)["selected_step"])).inference_weights()
-    ours = last_state(folder).parameters
+    start = load_checkpoint(trained.checkpoints().path(summary_of(trained)["selected_step"])).trained()
+    ours = {name: value for name, value in all_tensors(last_checkpoint(folder)).items() if name.startswith("weight ")}
     # One step of AdamW changes a weight by the learning rate, 1e-9.
-    torch.testing.assert_close({name: one.weight for name, one in ours.items()}, {n: start[n] for n in ours})
+    torch.testing.assert_close(ours, {name: start.read(name.removeprefix("weight ")) for name in ours})
 
 
 def test_plan_says_what_a_run_does(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = write_tiny_config(data, tmp_path)
     assert command("plan", path, "train.accumulation=2") == 0
     text = capsys.readouterr().out
-    rows = dict(line.split("  ", 1) for line in text.splitlines())
+    rows = dict(line.split("  ", 1) for line in text.split("\n\n")[0].splitlines())
     values = {name: value.strip() for name, value in rows.items()}
     assert values["steps of the run"] == "10"
     assert values["training samples"] == "160"

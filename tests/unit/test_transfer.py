@@ -16,11 +16,11 @@ from distmoe.config import load_config
 from distmoe.contracts import UserError
 from distmoe.evaluate import evaluate_run
 from distmoe.models import build_model
-from distmoe.training.checkpoint import TrainingState, load_checkpoint
+from distmoe.training.checkpoint import Checkpoint, load_checkpoint
 from distmoe.training.loading import load_model
 from distmoe.training.run_folder import RunFolder
 from tests.oracles import mlp_experts
-from tests.runs import NUM_TEST, all_tensors, assert_same_run, last_state, tiny_config, write_quadrants
+from tests.runs import NUM_TEST, all_tensors, assert_same_run, last_checkpoint, last_state, tiny_config, write_quadrants
 
 Run = Callable[..., RunFolder]
 LAYER = "ffns.2.ffn"
@@ -167,7 +167,8 @@ def test_mixture_of_class_probabilities_with_one_expert_is_that_expert(run: Run,
 
 def weights(folder: RunFolder) -> dict[str, Tensor]:
     """Of the last checkpoint."""
-    return {name: one.weight for name, one in last_state(folder).parameters.items()}
+    tensors = all_tensors(last_checkpoint(folder))
+    return {name.removeprefix("weight "): value for name, value in tensors.items() if name.startswith("weight ")}
 
 
 def test_upcycled_run_starts_as_the_dense_one(run: Run, data: Path):
@@ -229,7 +230,7 @@ def test_frozen_experts_of_a_second_task_are_the_first_tasks_bit_for_bit(run: Ru
         assert [bool(one > 1e-3) for one in moved] == [False, False, False, True, True], name
 
 
-def load_step(folder: RunFolder, step: int) -> TrainingState:
+def load_step(folder: RunFolder, step: int) -> Checkpoint:
     return load_checkpoint(folder.checkpoints().path(step))
 
 

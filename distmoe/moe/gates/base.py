@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from distmoe.contracts import Context
 from distmoe.moe.balance import Balancer
 from distmoe.moe.routing import Routing, at_least_float32
+from distmoe.moe.sums import Reducer, no_reduction
 
 
 class Gate(nn.Module, ABC):
@@ -29,9 +30,12 @@ class Gate(nn.Module, ABC):
         balancer: State that keeps the load even and is updated once an optimizer step, or None.
         needs_hidden: Whether weights come from :meth:`weigh`, which needs the experts' hidden states.
         noisy: Whether the gate draws random numbers in training.
+        reducer: Over the ranks whose tokens make up a micro-batch, where the gate's routing group is ``batch``. Every
+            rank then calls :meth:`route` equally often. By default all tokens are here.
     """
 
     balancer: Balancer | None
+    reducer: Reducer
     needs_hidden = False
     noisy = False
 
@@ -40,6 +44,7 @@ class Gate(nn.Module, ABC):
         self.network = network
         self.num_experts = num_experts
         self.balancer = None
+        self.reducer = no_reduction
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What ``to``, ``half`` and the like are made of: floating point stays float32 or wider, unrounded."""
@@ -73,7 +78,10 @@ class Gate(nn.Module, ABC):
 
     @abstractmethod
     def route(self, x_T: Tensor, context: Context) -> Routing:
-        """The routing of tokens (T, ...), in which rows of a sample are neighbours (``context.rows_per_sample``)."""
+        """The routing of tokens (T, ...), in which rows of a sample are neighbours (``context.rows_per_sample``).
+
+        Collective if the gate has a :attr:`reducer` over several ranks and the routing group ``batch``.
+        """
 
     def weigh(self, routing: Routing, hidden_A: Tensor) -> Routing:
         """The routing with its final weights, from the experts' hidden states (A, hidden) in assignment order.

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from distmoe.contracts import Context
 from distmoe.moe.gates.base import Gate
 from distmoe.moe.gates.token_choice import largest
-from distmoe.moe.groups import Group, RoutingGroups, check_group, expert_capacity
+from distmoe.moe.groups import Group, SharedRows, check_group, expert_capacity
 from distmoe.moe.routing import Routing
 
 
@@ -48,11 +48,14 @@ class ExpertChoiceGate(Gate):
         return self.capacity_factor
 
     def route(self, x_T: Tensor, context: Context) -> Routing:
-        """(T, ...) tokens to the assignments of group 0, expert by expert and best token first, then of group 1, ..."""
+        """(T, ...) tokens to the assignments of group 0, expert by expert and best token first, then of group 1, ...
+
+        Of a group over several ranks, each rank has the assignments of its own tokens.
+        """
         logits_TE = self.logits(x_T)
         probs_TE = logits_TE.softmax(dim=-1)
-        groups = RoutingGroups.of(len(x_T), context, self.group)
-        row_ids_A, expert_ids_A = self._choices(probs_TE.detach(), groups)
+        rows = SharedRows.of(len(x_T), context, self.group, self.reducer, x_T.device)
+        row_ids_A, expert_ids_A = self._choices(rows.gather(probs_TE.detach()), rows)
         return Routing(
             num_rows=len(x_T),
             num_experts=self.num_experts,
@@ -65,15 +68,17 @@ class ExpertChoiceGate(Gate):
             tokens_T=self.kept_tokens(x_T, context),
         )
 
-    def _choices(self, probs_TE: Tensor, groups: RoutingGroups) -> tuple[Tensor, Tensor]:
-        device = probs_TE.device
+    def _choices(self, probs: Tensor, rows: SharedRows) -> tuple[Tensor, Tensor]:
+        """(A,) row and (A,) expert ids of this rank's assignments, from the probabilities of all ``rows``."""
+        device, groups = probs.device, rows.groups
         # A filled-up place ranks below every token, whose probability is at least 0.
-        scores_GEN = groups.fold(probs_TE, fill=-1.0).transpose(1, 2)
+        scores_GEN = groups.fold(probs, fill=-1.0).transpose(1, 2)
         most = expert_capacity(self.capacity_factor, 1, groups.group_rows, self.num_experts)
         ranked_GEK = largest(scores_GEN.flatten(0, 1), most).view(groups.num_groups, self.num_experts, most)
         capacities_G = groups.capacities(self.capacity_factor, 1, self.num_experts, device)
-        taken_GEK = torch.arange(most, device=device) < capacities_G.view(-1, 1, 1)
-        taken_GEK = taken_GEK.expand(-1, self.num_experts, -1)
         starts_G11 = (torch.arange(groups.num_groups, device=device) * groups.group_rows).view(-1, 1, 1)
+        rows_GEK = ranked_GEK + starts_G11 - rows.own.start
+        taken_GEK = torch.arange(most, device=device) < capacities_G.view(-1, 1, 1)
+        taken_GEK = taken_GEK & (rows_GEK >= 0) & (rows_GEK < len(rows.own))
         experts_1E1 = torch.arange(self.num_experts, device=device).view(1, -1, 1)
-        return (ranked_GEK + starts_G11)[taken_GEK], experts_1E1.expand(taken_GEK.shape)[taken_GEK]
+        return rows_GEK[taken_GEK], experts_1E1.expand(taken_GEK.shape)[taken_GEK]

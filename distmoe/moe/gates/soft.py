@@ -5,8 +5,9 @@ from torch import Tensor, nn
 
 from distmoe.contracts import Context
 from distmoe.moe.gates.base import Gate
-from distmoe.moe.groups import Group, RoutingGroups, check_group
+from distmoe.moe.groups import Group, RoutingGroups, SharedRows, check_group
 from distmoe.moe.routing import Routing, SlotMixing
+from distmoe.moe.sums import Reducer
 
 
 class SoftGate(Gate):
@@ -45,23 +46,41 @@ class SoftGate(Gate):
         return self.num_experts * self.slots_per_expert
 
     def route(self, x_T: Tensor, context: Context) -> Routing:
-        """(T, ...) tokens to G * S slots, one assignment each."""
+        """(T, ...) tokens to G * S slots, one assignment each.
+
+        Of slots that several ranks share, each rank has some, see :class:`distmoe.moe.routing.SlotMixing`.
+        """
         logits_TS = self.logits(x_T)
-        groups = RoutingGroups.of(len(x_T), context, self.group)
-        # A filled-up place has no part in any slot.
-        into_GNS = groups.fold(logits_TS, fill=-torch.inf).softmax(dim=1)
         out_of_TS = logits_TS.softmax(dim=-1)
-        slot_ids_A = torch.arange(groups.num_groups * self.num_outputs, device=x_T.device)
+        rows = SharedRows.of(len(x_T), context, self.group, self.reducer, x_T.device)
+        if rows.across_ranks:
+            groups = RoutingGroups.of(len(x_T), context, self.group)
+            shape = (rows.groups.num_groups, len(x_T))
+            into_TS = softmax_over_ranks(logits_TS, self.reducer)
+            mixing = SlotMixing(groups, into_TS.unflatten(0, shape), out_of_TS.unflatten(0, shape), self.reducer)
+        else:
+            # A filled-up place has no part in any slot.
+            into_GNS = rows.groups.fold(logits_TS, fill=-torch.inf).softmax(dim=1)
+            mixing = SlotMixing(rows.groups, into_GNS, rows.groups.fold(out_of_TS))
+        slot_ids_A = torch.arange(mixing.own_slots.start, mixing.own_slots.stop, device=x_T.device)
         by_expert_TEP = logits_TS.unflatten(1, (self.num_experts, self.slots_per_expert))
         return Routing(
             num_rows=len(slot_ids_A),
             num_experts=self.num_experts,
-            row_ids_A=slot_ids_A,
+            row_ids_A=slot_ids_A - mixing.own_slots.start,
             expert_ids_A=slot_ids_A % self.num_outputs // self.slots_per_expert,
             weights_A=torch.ones_like(slot_ids_A, dtype=logits_TS.dtype),
             logits_TE=by_expert_TEP.logsumexp(dim=-1),
             probs_TE=out_of_TS.unflatten(1, (self.num_experts, self.slots_per_expert)).sum(dim=-1),
             rows_per_sample=context.rows_per_sample,
             tokens_T=self.kept_tokens(x_T, context),
-            mixing=SlotMixing(groups, into_GNS, groups.fold(out_of_TS)),
+            mixing=mixing,
         )
+
+
+def softmax_over_ranks(logits_TS: Tensor, reducer: Reducer) -> Tensor:
+    """(T, S) this rank's part of the softmax over the tokens of all ranks. Collective; T may be 0 here."""
+    lowest_1S = logits_TS.new_full((1, logits_TS.shape[1]), torch.finfo(logits_TS.dtype).min)
+    largest_1S = torch.cat([logits_TS.detach(), lowest_1S]).amax(dim=0, keepdim=True)
+    exponentials_TS = (logits_TS - reducer.gather(largest_1S).amax(dim=0)).exp()
+    return exponentials_TS / reducer({"total_S": exponentials_TS.sum(dim=0)})["total_S"]

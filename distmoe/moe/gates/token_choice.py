@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from distmoe.contracts import Context
 from distmoe.moe.choices import check_choice
 from distmoe.moe.gates.base import Gate
-from distmoe.moe.groups import Group, RoutingGroups, check_group
+from distmoe.moe.groups import Group, RoutingGroups, SharedRows, check_group
 from distmoe.moe.routing import Routing
 
 Priority = Literal["position", "score"]
@@ -135,13 +135,15 @@ class TokenChoiceGate(Gate):
     def _within_capacity(self, expert_ids_TK: Tensor, probs_TE: Tensor, context: Context) -> Tensor:
         """(A,) bool, row by row: which assignments fit into their expert's capacity in their group."""
         assert self.capacity_factor is not None
-        groups = RoutingGroups.of(len(expert_ids_TK), context, self.group)
-        served_T = None
+        device = expert_ids_TK.device
+        rows = SharedRows.of(len(expert_ids_TK), context, self.group, self.reducer, device)
+        served = None
         if self.priority == "score":
             first_T = probs_TE.gather(1, expert_ids_TK[:, :1]).squeeze(1)
-            served_T = first_T.argsort(descending=True, stable=True)
-        capacities_G = groups.capacities(self.capacity_factor, self.k, self.num_experts, expert_ids_TK.device)
-        return first_come(expert_ids_TK, groups, capacities_G, self.num_experts, served_T).flatten()
+            served = rows.gather(first_T).argsort(descending=True, stable=True)
+        capacities_G = rows.groups.capacities(self.capacity_factor, self.k, self.num_experts, device)
+        kept = first_come(rows.gather(expert_ids_TK), rows.groups, capacities_G, self.num_experts, served)
+        return rows.share(kept).flatten()
 
 
 def largest(ranking_TE: Tensor, k: int) -> Tensor:

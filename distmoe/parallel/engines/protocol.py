@@ -6,9 +6,8 @@ the mean over ranks is the gradient of the global mean however the samples are s
 computes alike from reduced sums, count once: weighted by the micro-batch's share of N, without the factor world_size.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -16,30 +15,22 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from distmoe.models.protocol import Model
+from distmoe.moe.dispatch import Placement
 from distmoe.moe.sums import Reducer
+from distmoe.parallel.collectives import Communicators
+from distmoe.parallel.shards import Piece, TensorSource
 
 BuildOptimizer = Callable[[nn.Module], Optimizer]
 BuildSchedule = Callable[[Optimizer, int], LRScheduler]
-
-
-@dataclass(frozen=True)
-class ParameterState:
-    """All that training knows about one parameter, float32, whole, on the CPU.
-
-    Attributes:
-        weight: The parameter.
-        moments: The optimizer's tensors by its own names (``exp_avg``, ``momentum_buffer``, ``step``, ...).
-    """
-
-    weight: Tensor
-    moments: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Engine(Protocol):
     """One of: replicas (Accelerate), DeepSpeed."""
 
     world_size: int
+    communicators: Communicators
     reducer: Reducer
+    placement: Placement
 
     def prepare(self, model: nn.Module, build_optimizer: BuildOptimizer, build_schedule: BuildSchedule) -> Model:
         """Takes the model over and returns what to call in its place.
@@ -71,12 +62,16 @@ class Engine(Protocol):
         """Of the next step."""
         ...
 
-    def parameter_states(self) -> dict[str, ParameterState]:
-        """By canonical name: that of the one-process model."""
+    def pieces(self) -> Iterator[Piece]:
+        """The parts of weights and moments that this rank is to save: over all ranks, every element once."""
         ...
 
-    def load_parameter_states(self, states: Mapping[str, ParameterState], steps_done: int) -> None:
-        """Continues from saved states; names and shapes must be the model's."""
+    def load(self, source: TensorSource, steps_done: int) -> None:
+        """Continues from saved weights and moments, reading only what this rank holds; the model's names and shapes."""
+        ...
+
+    def adopt_weights(self) -> None:
+        """Goes on from the weights that are in the model now, where somebody has changed them. Not of moments."""
         ...
 
     def scaler_state(self) -> dict[str, float]:

@@ -1,18 +1,24 @@
-"""The whole model in each process, on Hugging Face Accelerate: device, autocast, loss scaling, clipping."""
+"""The whole model in each process, on Hugging Face Accelerate: device, autocast, loss scaling, DDP."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 
 from distmoe.config import RunConfig
 from distmoe.models.protocol import Model
-from distmoe.moe.sums import no_reduction
-from distmoe.parallel.engines.protocol import BuildOptimizer, BuildSchedule, ParameterState
+from distmoe.parallel.collectives import Communicators, Observe, SumReducer, unobserved
+from distmoe.parallel.engines.launcher_variables import world_variables
+from distmoe.parallel.engines.moments import load_whole_moments, whole_moments
+from distmoe.parallel.engines.protocol import BuildOptimizer, BuildSchedule
+from distmoe.parallel.expert_parallel import expert_placement
+from distmoe.parallel.mesh import Mesh
 from distmoe.parallel.runtime import without_launcher_variables
+from distmoe.parallel.shards import WEIGHT, Piece, TensorSource, owned_pieces, parameter_extents
 
 _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
@@ -22,16 +28,34 @@ class ReplicasEngine:
 
     Args:
         config: Its precision and clipping are used.
+        mesh: Who is where; every rank holds all experts.
         device: CPU or a CUDA device.
+        observe: See :data:`distmoe.parallel.collectives.Observe`.
+
+    Raises:
+        ValueError: A mesh that spreads experts.
     """
 
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
+    def __init__(self, config: RunConfig, mesh: Mesh, device: torch.device, observe: Observe = unobserved) -> None:
+        if mesh.expert_parallel_size > 1:
+            raise ValueError("replicas hold all experts: the expert-parallel size must be 1")
         precision = _PRECISIONS[config.train.precision]
-        with without_launcher_variables():
-            self._accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+        threads = torch.get_num_threads()
+        with world_variables(mesh, device) if mesh.world_size > 1 else without_launcher_variables():
+            self._accelerator = Accelerator(
+                cpu=device.type == "cpu",
+                mixed_precision=precision,
+                # Buffers are equal on all ranks by construction: see distmoe/parallel/batch_norm.py. Where DDP looks
+                # for unused parameters (there are none) it keeps its buckets; otherwise it rearranges them after the
+                # first step of a process, and a resumed run would sum in another order.
+                kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)],
+            )
+        torch.set_num_threads(threads)
         self._clip_norm = config.train.clip_norm
-        self.world_size: int = self._accelerator.num_processes
-        self.reducer = no_reduction
+        self.world_size = mesh.world_size
+        self.communicators = Communicators.of(mesh, config.parallel.checked_exchanges, observe)
+        self.reducer = SumReducer(self.communicators.world)
+        self.placement = expert_placement(self.communicators, config.parallel.overlap)
 
     def prepare(self, model: nn.Module, build_optimizer: BuildOptimizer, build_schedule: BuildSchedule) -> Model:
         """See the protocol."""
@@ -39,7 +63,9 @@ class ReplicasEngine:
         self._module = model.to(self._accelerator.device)
         self._optimizer = build_optimizer(self._module)
         self._schedule = build_schedule(self._optimizer, 0)
-        prepared, self._prepared_optimizer = self._accelerator.prepare(self._module, self._optimizer)
+        with warnings.catch_warnings():  # torch 2.14 calls broadcast_buffers otherwise, and Accelerate does not yet
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            prepared, self._prepared_optimizer = self._accelerator.prepare(self._module, self._optimizer)
         self._called: Model = prepared
         return self._called
 
@@ -72,32 +98,25 @@ class ReplicasEngine:
         """See the protocol."""
         return float(self._optimizer.param_groups[0]["lr"])
 
-    def parameter_states(self) -> dict[str, ParameterState]:
+    def pieces(self) -> Iterator[Piece]:
         """See the protocol."""
-        return {
-            name: ParameterState(
-                weight=parameter.detach().float().cpu(),
-                moments={
-                    key: value.detach().float().cpu()
-                    for key, value in self._optimizer.state.get(parameter, {}).items()
-                    if isinstance(value, Tensor)
-                },
-            )
-            for name, parameter in self._module.named_parameters()
-        }
+        mesh = self.communicators.mesh
+        extents = parameter_extents(self._module, mesh)
+        yield from owned_pieces(WEIGHT, extents, mesh)
+        for name, extent in extents.items():
+            yield from whole_moments(self._optimizer, name, extent, mesh)
 
     @torch.no_grad()
-    def load_parameter_states(self, states: Mapping[str, ParameterState], steps_done: int) -> None:
+    def load(self, source: TensorSource, steps_done: int) -> None:
         """See the protocol."""
-        for name, parameter in self._module.named_parameters():
-            parameter.copy_(states[name].weight)
-            moments = states[name].moments
-            # The step count stays on the CPU, as torch's optimizers keep it.
-            self._optimizer.state[parameter] = {
-                key: value.clone() if key == "step" else value.to(parameter.device, copy=True)
-                for key, value in moments.items()
-            }
+        for name, extent in parameter_extents(self._module, self.communicators.mesh).items():
+            values = source.read(WEIGHT, name, extent.start, extent.tensor.numel())
+            extent.tensor.copy_(values.view(extent.tensor.shape))
+            load_whole_moments(self._optimizer, source, name, extent)
         self._schedule = self._build_schedule(self._optimizer, steps_done)
+
+    def adopt_weights(self) -> None:
+        """See the protocol; the optimizer works on the model's own weights."""
 
     def scaler_state(self) -> dict[str, float]:
         """See the protocol."""

@@ -9,7 +9,9 @@ from distmoe.config import parse_config
 from distmoe.contracts import Context, DataSpec, UserError
 from distmoe.models import build_model
 from distmoe.models.protocol import Network
+from distmoe.moe.dispatch import Placement
 from distmoe.moe.gates import GATES
+from distmoe.moe.sums import NoReduction
 
 SPEC = DataSpec("little", (3, 16, 16), 4, tuple("abcd"), (100.0, 110.0, 120.0), (50.0, 60.0, 70.0))
 LABELS = torch.tensor([0, 1, 2, 3, 0, 1])
@@ -46,6 +48,18 @@ def images(count: int) -> torch.Tensor:
 
 def context(start: int, stop: int, training: bool) -> Context:
     return Context(seed=3, step=5, sample_ids=torch.arange(start, stop), training=training)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [{"name": "convnet", "widths": [4, 6], "ffn_stages": [1, 2]}, {"name": "tutorial"}],
+    ids=["convnet", "tutorial"],
+)
+def test_gates_add_over_the_ranks_of_the_placement(model):
+    placement = Placement(reducer=NoReduction())
+    gates = build_model(parse_config({"model": model, "moe": {"num_experts": 2}}, "test"), SPEC, placement).gates()
+    assert len(gates) == len(model.get("ffn_stages", ["mixture"]))
+    assert all(gate.reducer is placement.reducer for gate in gates.values())
 
 
 @pytest.mark.parametrize("name", GATE_NAMES)

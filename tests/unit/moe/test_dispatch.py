@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distmoe.moe.dispatch import LocalDispatcher, Placement
+from distmoe.moe.dispatch import LocalDispatcher, Placement, counts
 from tests.oracles import gathered_outputs, grouped_assignments, mixture_output
 from tests.threads import assert_equal_bits_on_two_threads
 
@@ -80,6 +80,19 @@ def test_no_rows_come_and_go():
     assert counts.tolist() == [0, 0, 0]
     assert dispatcher.combine(rows, plan, torch.zeros(0)).tolist() == []
     assert dispatcher.gather(rows, plan).tolist() == []
+
+
+def test_nothing_is_done_meanwhile_where_nothing_travels():
+    def meanwhile() -> None:
+        raise AssertionError("it was called")
+
+    rows, _, _ = LocalDispatcher(4).dispatch(X, ROWS, EXPERTS, meanwhile)
+    assert rows[:, 1].tolist() == [2.0, 0.0, 1.0, 2.0, 0.0]
+
+
+def test_counts_say_how_often_each_id_occurs():
+    assert counts(torch.tensor([2, 0, 2, 2]), 5).tolist() == [1, 0, 3, 0, 0]
+    assert counts(torch.tensor([], dtype=torch.long), 2).tolist() == [0, 0]
 
 
 def test_one_expert_may_get_everything():

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distmoe.moe.groups import RoutingGroups, expert_capacity
+from distmoe.moe.groups import RoutingGroups, check_groups, expert_capacity
 from tests.oracles import groups_of_rows
 from tests.unit.moe.gate_forms import context, tokens
 
@@ -62,6 +62,32 @@ def test_what_is_no_group_is_refused():
     for group in (0, -1, "images", 1.5, True, None):
         with pytest.raises(ValueError, match=rf"group \({group!r}\) must be image, batch, or a number of images"):
             RoutingGroups.of(4, context(4), group)
+
+
+@pytest.mark.parametrize(
+    ("group", "samples_per_rank", "world_size"),
+    [("image", 7, 4), ("batch", 7, 4), (1, 7, 4), (7, 7, 4), (4, 12, 2), (5, 12, 1), (100, 12, 1)],
+)
+def test_groups_that_lie_on_one_rank_each_are_fine(group, samples_per_rank, world_size):
+    check_groups(group, samples_per_rank, world_size)
+
+
+@pytest.mark.parametrize(
+    ("group", "samples_per_rank", "world_size", "allowed"),
+    [(5, 12, 2, "1, 2, 3, 4, 6, 12"), (24, 12, 2, "1, 2, 3, 4, 6, 12"), (2, 7, 4, "1, 7")],
+)
+def test_groups_over_several_ranks_are_refused_with_what_is_allowed(group, samples_per_rank, world_size, allowed):
+    expected = (
+        rf"^group \({group}\) must divide the {samples_per_rank} images that each of {world_size} processes has of a "
+        rf"micro-batch: set it to {allowed}, image or batch$"
+    )
+    with pytest.raises(ValueError, match=expected):
+        check_groups(group, samples_per_rank, world_size)
+
+
+def test_what_is_no_group_is_none_over_ranks_either():
+    with pytest.raises(ValueError, match=r"group \(0\) must be image, batch, or a number of images"):
+        check_groups(0, 4, 2)
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,24 @@ def test_a_shared_expert_works_on_every_token_beside_the_chosen_ones(form):
     assert moe.shared.weight.grad.tolist() == [pytest.approx(x.sum((0, 1)).tolist())] * WIDTH
 
 
+def test_a_shared_expert_that_has_worked_while_rows_travelled_works_once():
+    class Travelling(LocalDispatcher):
+        def dispatch(self, x_T, row_ids_A, expert_ids_A, meanwhile=None):
+            meanwhile()
+            events.append("rows arrive")
+            return super().dispatch(x_T, row_ids_A, expert_ids_A)
+
+    events: list[str] = []
+    moe = FORMS["topk-2"].layer()
+    moe.shared = nn.Linear(WIDTH, WIDTH)
+    x = tokens(4, WIDTH)
+    expected = moe(x, context(4))[0]
+    moe.dispatcher = Travelling(moe.gate.num_experts)
+    moe.shared.register_forward_hook(lambda *_: events.append("shared"))
+    assert torch.equal(moe(x, context(4))[0], expected)
+    assert events == ["shared", "rows arrive"]
+
+
 @pytest.mark.parametrize("shape", [(4,), (4, 6), (4, 2, 3)])
 @pytest.mark.parametrize("form", forms_that(lambda form: form.settings == {}))
 def test_positions_of_a_map_are_tokens_of_their_image_in_any_arrangement(form, shape):

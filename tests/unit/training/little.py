@@ -12,7 +12,10 @@ from distmoe.models import build_model
 from distmoe.models.protocol import Model, Network
 from distmoe.moe.losses import build_losses
 from distmoe.parallel.engines.replicas import ReplicasEngine
+from distmoe.parallel.mesh import Mesh
+from distmoe.parallel.shards import BUFFER, Piece, buffer_extents, owned_pieces
 from distmoe.training.checkpoint import Best, Progress, TrainingState
+from distmoe.training.ema import WeightAverage
 from distmoe.training.optim import build_optimizer
 from distmoe.training.schedule import build_schedule
 from distmoe.training.step import MicroBatch, Mixtures, StepResult, train_step
@@ -66,7 +69,7 @@ class Trainer:
         self.config = config
         self.module: Network = build_model(config, SPEC)
         self.mixtures = mixtures_of(config, self.module)
-        self.engine = ReplicasEngine(config, torch.device("cpu"))
+        self.engine = ReplicasEngine(config, Mesh(), torch.device("cpu"))
         self.model: Model = self.engine.prepare(
             self.module,
             lambda module: build_optimizer(config.optim, module),
@@ -84,14 +87,9 @@ class Trainer:
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: value.detach().clone() for name, value in self.module.state_dict().items()}
 
-    def state(
-        self, step: int, best: Best | None = None, average: dict[str, torch.Tensor] | None = None
-    ) -> TrainingState:
+    def state(self, step: int, best: Best | None = None) -> TrainingState:
         return TrainingState(
             progress=Progress(step=step, epoch=1, epoch_step=step),
-            parameters=self.engine.parameter_states(),
-            buffers={name: buffer.clone() for name, buffer in self.module.named_buffers()},
-            average=average,
             best=best,
             scaler={"scale": 2.0},
             fingerprint="f" * 64,
@@ -99,6 +97,13 @@ class Trainer:
             config_yaml=config_to_yaml(self.config),
             interval={"steps": 1.0, "sums:loss": 0.1},
         )
+
+    def pieces(self, average: WeightAverage | None = None) -> Iterator[Piece]:
+        """What a session gives a checkpoint."""
+        yield from self.engine.pieces()
+        yield from owned_pieces(BUFFER, buffer_extents(self.module, Mesh()), Mesh())
+        if average is not None:
+            yield from average.pieces()
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from distmoe.contracts import Context, DataSpec, UserError
 from distmoe.models import build_model
 from distmoe.models.protocol import Network
 from distmoe.training.checkpoint import Best
+from distmoe.training.ema import WeightAverage
 from distmoe.training.loading import export_model, load_inference_weights, load_model, start_from
 from distmoe.training.run_folder import RunFolder
 from tests.unit.training.little import MIXTURE, SGD, SPARSE, SPEC, batch, run_config, trainer
@@ -28,7 +29,7 @@ def scores_of(model) -> torch.Tensor:
         return model(IMAGES, Context(0, 0, torch.arange(6), training=False)).scores.clone()
 
 
-def train(config, saves, **settings) -> dict[int, torch.Tensor]:
+def train(config, saves) -> dict[int, torch.Tensor]:
     """Trains, saves after the steps in ``saves`` (step -> best so far), and gives the scores at each."""
     folder, scores = RunFolder.of(config), {}
     with trainer(config) as run:
@@ -37,7 +38,7 @@ def train(config, saves, **settings) -> dict[int, torch.Tensor]:
             run.module.train()
             run.train(range(step - 1, step))
             if step in saves:
-                folder.checkpoints(keep=3).save(run.state(step, saves[step], **settings))
+                folder.checkpoints(keep=3).save(run.state(step, saves[step]), run.pieces())
                 scores[step] = scores_of(run.module)
     return scores
 
@@ -65,11 +66,18 @@ def test_the_best_or_the_last_checkpoint_is_taken_as_the_config_says(config, tmp
 
 
 def test_averaged_weights_are_the_trained_ones(config, tmp_path):
-    average = {name: value.detach().clone() for name, value in build_model(config, SPEC).named_parameters()}
-    scores = train(config, {3: None}, average=average)
+    with trainer(config) as run:
+        average = WeightAverage(run.module, 0.9)  # of the initial weights: it is never updated
+        initial = dict(build_model(config, SPEC).named_parameters())
+        run.train(range(3))
+        RunFolder.of(config).open(config)
+        RunFolder.of(config).checkpoints().save(run.state(3), run.pieces(average))
+        trained = scores_of(run.module)
     loaded = load_model(tmp_path / "one")
-    assert all(torch.equal(value, average[name]) for name, value in loaded.network.named_parameters())
-    assert not torch.equal(loaded(IMAGES).scores, scores[3])
+    assert all(torch.equal(value, initial[name]) for name, value in loaded.network.named_parameters())
+    assert not torch.equal(loaded(IMAGES).scores, trained)
+    exported = load_model(export_model(tmp_path / "one", tmp_path / "model.safetensors"))
+    assert torch.equal(exported(IMAGES).scores, loaded(IMAGES).scores)
 
 
 def test_overrides_change_the_loaded_model(tmp_path):
@@ -146,7 +154,7 @@ def saved(tmp_path, **sections: Any) -> dict[str, torch.Tensor]:
             if tensor.is_floating_point():
                 tensor.data.add_(torch.rand(tensor.shape, generator=generator))
         folder.open(config)
-        folder.checkpoints(keep=1).save(run.state(1))
+        folder.checkpoints(keep=1).save(run.state(1), run.pieces())
         return run.weights()
 
 
