@@ -289,7 +289,7 @@ def with_environment(name: str, value: str) -> Prepare:
 SURROUNDINGS = [
     Row("vectors for an image model", vectors, ("model.name convnet needs images", "[7]")),
     Row("augmented vectors", augmented_vectors, ("needs images", "[7]")),
-    Row("WORLD_SIZE=2", with_environment("WORLD_SIZE", "2"), ("variable RANK is missing", "torchrun", "unset RANK and WORLD_SIZE")),
+    Row("WORLD_SIZE=2", with_environment("WORLD_SIZE", "2"), ("variable RANK is missing", "torchrun", "unset RANK")),
     Row("WORLD_SIZE=0", with_environment("WORLD_SIZE", "0"), ("WORLD_SIZE (0)",)),
     Row("WORLD_SIZE=two", with_environment("WORLD_SIZE", "two"), ("WORLD_SIZE ('two')", "whole number", "unset it")),
     Row("WORLD_SIZE=-1", with_environment("WORLD_SIZE", "-1"), ("WORLD_SIZE ('-1')",)),
