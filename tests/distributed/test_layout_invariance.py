@@ -1,0 +1,151 @@
+"""The same training in any layout: measures (a), (b) and (c) of a covering set; the full product is marked slow.
+
+Every test shows one case in one layout; what it is compared with is computed once, in a single process.
+"""
+
+import itertools
+import logging
+from pathlib import Path
+
+import pytest
+
+from distmoe.moe.gates import GATES
+from tests.distributed.layout_cases import (
+    FACTORS,
+    LAYOUTS,
+    WORLDS,
+    Case,
+    Layout,
+    covering_rows,
+    possible_cases,
+)
+from tests.distributed.layout_measures import (
+    Free,
+    Single,
+    Wide,
+    failures,
+    measure,
+    over_ranks,
+    references,
+)
+from tests.distributed.layout_training import NUM_STEPS
+from tests.distributed.ranks import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+LIMIT_S = 900.0
+# Measure (a) of every so-manieth state, by world size; of every state in the full product. An engine in one process
+# does what the reference does; the steps of four processes on few cores take longest.
+EVERY = {1: 5, 2: 1, 4: 3}
+ROWS = covering_rows()
+RUNS = [(row.case, layout) for row in ROWS for layout in row.layouts]
+WIDE_CASES = list({row.case.gate: row.case for row in reversed(ROWS)}.values())  # the first of each gate
+WIDE_RUNS = [(case, Layout(world, size, "loop")) for case in WIDE_CASES for world, size in ((2, 2), (4, 2), (4, 4))]
+
+Run = tuple[Case, Layout]
+Measured = tuple[dict[Run, tuple[Single, Free]], dict[Run, Wide]]
+
+
+def described(run: Run) -> str:
+    return f"{run[1]}: {run[0]}"
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file with the trainings in one process."""
+    file = tmp_path_factory.mktemp("reference") / "references.pt"
+    run_ranks(
+        references, 1, tmp_path_factory.mktemp("ranks"), [row.case for row in ROWS], WIDE_CASES, file, limit_s=LIMIT_S
+    )
+    return file
+
+
+@pytest.fixture(scope="module")
+def measured(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    return measure_all(RUNS, WIDE_RUNS, reference, tmp_path_factory, EVERY, LIMIT_S)
+
+
+def measure_all(
+    runs: list[Run],
+    wide_runs: list[Run],
+    reference: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    every: dict[int, int],
+    limit_s: float,
+) -> Measured:
+    """All measures, one set of processes for each world size; the worst of all ranks."""
+    found: dict[Run, tuple[Single, Free]] = {}
+    wide: dict[Run, Wide] = {}
+    for world in WORLDS:
+        own, own_wide = ([run for run in each if run[1].world == world] for each in (runs, wide_runs))
+        folder = tmp_path_factory.mktemp("ranks")
+        ranks = run_ranks(measure, world, folder, own, own_wide, reference, every[world], limit_s=limit_s)
+        for run, each in zip(own, zip(*(narrow for narrow, _ in ranks), strict=True), strict=True):
+            found[run] = over_ranks([single for single, _ in each], [free for _, free in each])
+        for run, each in zip(own_wide, zip(*(one for _, one in ranks), strict=True), strict=True):
+            wide[run] = max(each, key=lambda one: one.weight)
+    return found, wide
+
+
+@pytest.mark.parametrize("run", RUNS, ids=described)
+def test_a_layout_trains_what_one_process_trains(run, measured):
+    """Measures (a) and (c)."""
+    assert failures(*measured[0][run]) == []
+
+
+@pytest.mark.parametrize("run", WIDE_RUNS, ids=described)
+def test_in_float64_the_gradient_rule_gives_the_same_weights(run, measured):
+    """Measure (b)."""
+    worst = measured[1][run]
+    assert worst.weight <= 1e-9, f"{worst.worst} is {worst.weight:.1e} off after {NUM_STEPS} steps"
+
+
+def test_the_covering_set_is_small_and_has_every_pair_of_settings():
+    assert len(ROWS) <= 40
+    chosen = [row.case for row in ROWS]
+    for one, other in itertools.combinations(FACTORS, 2):
+        possible = {(getattr(case, one), getattr(case, other)) for case in possible_cases()}
+        assert possible - {(getattr(case, one), getattr(case, other)) for case in chosen} == set(), (one, other)
+    for name, values in FACTORS.items():
+        met = {(getattr(case, name), layout.engine) for case, layout in RUNS}
+        assert met == set(itertools.product(values, ("replicas", "zero 0", "zero 1", "zero 2"))), name
+        shapes = {(getattr(case, name), layout.world, layout.expert_parallel) for case, layout in RUNS}
+        assert len(shapes) == len(values) * 6, name
+    assert {case.gate for case, _ in WIDE_RUNS} == set(GATES)
+
+
+def full_product() -> list[Run]:
+    """Every gate with every k and group in every layout, all else switched on."""
+    cases = [
+        case
+        for case in possible_cases()
+        if not (case.lopsided or case.shared)
+        and (case.samples, case.optimizer, case.clipping, case.accumulation) == ("uneven", "adamw", True, 2)
+        and case.balanced == (case.gate not in ("hash", "uniform"))
+    ]
+    return list(itertools.product(cases, LAYOUTS))
+
+
+@pytest.mark.slow
+def test_full_product(tmp_path_factory):
+    """Writes its table to the log: ``pytest -m slow --log-cli-level=INFO -k full_product``."""
+    runs = full_product()
+    cases = list(dict.fromkeys(case for case, _ in runs))
+    file = tmp_path_factory.mktemp("reference") / "references.pt"
+    run_ranks(references, 1, tmp_path_factory.mktemp("ranks"), cases, [], file, limit_s=7200.0)
+    measured, _ = measure_all(runs, [], file, tmp_path_factory, dict.fromkeys(WORLDS, 1), 4 * 7200.0)
+    logger = logging.getLogger(__name__)
+    logger.info("%d trainings in %d layouts", len(cases), len(LAYOUTS))
+    logger.info("layout: worst loss (a), worst gradient (a), loss (c) of the first 3 steps, first changed choice")
+    for layout in LAYOUTS:
+        own = [found for (_, where), found in measured.items() if where == layout]
+        logger.info(
+            "%s: %.1e, %.1e, %.1e, %d",
+            layout,
+            max(single.loss for single, _ in own),
+            max(single.gradient for single, _ in own),
+            max(max(free.losses[:3]) for _, free in own),
+            min(free.first_change for _, free in own),
+        )
+    broken = {described(run): failures(*found) for run, found in measured.items() if failures(*found)}
+    assert broken == {}
