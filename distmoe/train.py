@@ -14,6 +14,7 @@ from typing import Any
 from distmoe.config import RunConfig
 from distmoe.contracts import UserError
 from distmoe.parallel.control import Control
+from distmoe.parallel.engines import choose_engine
 from distmoe.parallel.runtime import Interrupted, open_runtime, process_start_time
 from distmoe.parallel.world import World
 from distmoe.training.checkpoint import Best, CheckpointFolder, Progress
@@ -363,6 +364,8 @@ def _summary(session: Session) -> dict[str, Any]:
         "seed": session.config.seed,
         "world_size": session.runtime.world_size,
         "expert_parallel_size": session.runtime.expert_parallel_size,
+        "engine": choose_engine(session.config, session.runtime.mesh),
+        "zero_stage": session.config.parallel.zero_stage,
         "num_threads": session.runtime.num_threads,
         "device": str(session.runtime.device),
         "versions": {"python": platform.python_version(), **_versions()},
@@ -381,6 +384,12 @@ def _versions() -> dict[str, str]:
 
 def _log_start(session: Session, folder: RunFolder) -> None:
     config, spec, cost = session.config, session.data.spec, session.cost
+    mesh = session.runtime.mesh
+    if mesh.world_size > 1:
+        logger.info(
+            "%d processes, engine %s, expert-parallel size %d, ZeRO stage %d",
+            mesh.world_size, choose_engine(config, mesh), mesh.expert_parallel_size, config.parallel.zero_stage,
+        )  # fmt: skip
     logger.info(
         "%s: %s on %s, %s parameters (%s active), %d steps, %s, %s, %d threads",
         folder.path, config.model.name, spec.name, f"{cost.num_parameters:,}", f"{cost.num_active_parameters:,}",

@@ -169,7 +169,7 @@ def our_layer(problem: Problem, mesh: Mesh, watch: Watch) -> Candidate:
     with torch.no_grad():
         for own, given in zip((experts.w1, experts.b1, experts.w2, experts.b2), problem.weights, strict=True):
             own.copy_(given)
-    layer = MoELayer(gate, experts, placement.dispatcher(shape.num_experts))
+    layer = MoELayer(gate, experts, placement)
     (gate_weight,) = gate.parameters()
     return Candidate(
         layer,

@@ -145,8 +145,7 @@ def _ffn(width: int, hidden: int, moe: MoESection | None, placement: Placement) 
         return DenseFFN(width, hidden)
     network = getattr(moe.gate, "network", None) or LinearNetwork()
     gate = build_gate(moe.gate, moe.num_experts, network_factory(network, (width,)), hidden)
-    gate.reducer = placement.reducer
     local = placement.local_experts(moe.num_experts)
     experts = MLPExperts(local, width, hidden, with_hidden=gate.needs_hidden)
     shared = DenseFFN(width, moe.shared_hidden) if moe.shared_hidden else None
-    return MoELayer(gate, experts, placement.dispatcher(moe.num_experts), shared=shared)
+    return MoELayer(gate, experts, placement, shared=shared)

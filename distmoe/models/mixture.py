@@ -32,6 +32,7 @@ class ClassMixture(Network):
         self.gate = gate
         self.experts = experts
         self.dispatcher = placement.dispatcher(moe.num_experts)
+        gate.reducer = placement.reducer
         self.objective = moe.objective
 
     def gates(self) -> dict[str, Gate]:

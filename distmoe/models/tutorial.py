@@ -27,7 +27,6 @@ class TutorialMixture(ClassMixture):
         default = CNNNetwork(channels=section.gate_channels, hidden=section.gate_hidden)
         network = getattr(moe.gate, "network", None) or default
         gate = build_gate(moe.gate, moe.num_experts, network_factory(network, shape), hidden)
-        gate.reducer = placement.reducer
         experts = ModuleExperts(
             placement.local_experts(moe.num_experts),
             lambda: PooledCNN(shape, section.channels, hidden, spec.num_classes, with_hidden=gate.needs_hidden),

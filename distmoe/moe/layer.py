@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from distmoe.contracts import Context
-from distmoe.moe.dispatch import Dispatcher, LocalDispatcher
+from distmoe.moe.dispatch import Placement
 from distmoe.moe.experts import Experts
 from distmoe.moe.gates.base import Gate
 from distmoe.moe.routing import Routing
@@ -23,15 +23,14 @@ class MoELayer(nn.Module):
     Args:
         gate: Any gate of :mod:`distmoe.moe.gates`.
         experts: The experts on this rank.
-        dispatcher: How tokens reach experts; the default keeps them on this device.
+        placement: Which experts are here, and how tokens reach all of them; None: all of them are here.
         token_dims: Trailing axes that make up one token: 1 for feature vectors, 3 for whole images.
         shared: An expert that works on every token beside the chosen ones (DeepSeek-AI 2024, arXiv:2401.06066), a
             module from (T, ...) to what the experts give; or None.
 
     Raises:
-        ValueError: Without a dispatcher, other experts than 0 to E - 1 of the gate. In the forward pass: an attentive
-            gate with experts that show no hidden state; an input without an axis before the token's; a context of other
-            samples.
+        ValueError: Other experts than those of the placement. In the forward pass: an attentive gate with experts that
+            show no hidden state; an input without an axis before the token's; a context of other samples.
 
     Example:
         >>> gate = TopKGate(nn.Linear(64, 8, bias=False), num_experts=8, k=2)
@@ -43,19 +42,22 @@ class MoELayer(nn.Module):
         self,
         gate: Gate,
         experts: Experts,
-        dispatcher: Dispatcher | None = None,
+        placement: Placement | None = None,
         token_dims: int = 1,
         shared: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        if dispatcher is None and list(experts.expert_ids) != list(range(gate.num_experts)):
+        placement = placement or Placement()
+        here = placement.local_experts(gate.num_experts)
+        if list(experts.expert_ids) != list(here):
             raise ValueError(
-                f"experts {list(experts.expert_ids)} for a gate that chooses among {gate.num_experts}: without a "
-                "dispatcher, all of them must be here, from 0 on"
+                f"experts {list(experts.expert_ids)} for a gate that chooses among {gate.num_experts}, of which "
+                f"{list(here)} must be here"
             )
         self.gate = gate
         self.experts = experts
-        self.dispatcher = LocalDispatcher(gate.num_experts) if dispatcher is None else dispatcher
+        self.dispatcher = placement.dispatcher(gate.num_experts)
+        gate.reducer = placement.reducer
         self.token_dims = token_dims
         self.shared = shared
 

@@ -193,10 +193,18 @@ def auxiliary_losses(
     inputs_B: Tensor | None = None,
     reducer: Reducer = no_reduction,
 ) -> dict[str, Tensor]:
-    """Each loss, unweighted, averaged over the layers. Collective, through ``reducer``."""
+    """Each loss, unweighted, averaged over the layers. Collective: ``reducer`` is called once for all additive ones."""
+    additive = {name: loss for name, loss in losses.items() if isinstance(loss, AdditiveLoss)}
+    places = [(name, layer) for name in additive for layer in routings]
+    own = {place: additive[place[0]].sums(routings[place[1]]) for place in places}
+    sums_of_all = {" ".join((*place, key)): value for place in places for key, value in own[place].items()}
+    reduced = reducer(sums_of_all) if places else {}
     values = {}
-    for name, loss in losses.items():
-        if routings:
+    for name, loss in losses.items() if routings else ():
+        if name in additive:
+            sums = [{key: reduced[" ".join((name, layer, key))] for key in own[name, layer]} for layer in routings]
+            values[name] = torch.stack([additive[name].loss(one) for one in sums]).mean()
+        else:
             values[name] = torch.stack([loss.value(one, inputs_B, reducer) for one in routings.values()]).mean()
     return values
 

@@ -42,7 +42,7 @@ class MixtureLayer(MoELayer):
     """
 
     def __init__(self, gate: Gate, experts: Experts, placement: Placement, token_shape: tuple[int | None, ...]) -> None:
-        super().__init__(gate, experts, placement.dispatcher(gate.num_experts), token_dims=len(token_shape))
+        super().__init__(gate, experts, placement, token_dims=len(token_shape))
         self.token_shape = token_shape
 
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Routing]:

@@ -310,12 +310,12 @@ class Communicators:
         world, experts, replicas = None, None, None
         if mesh.world_size > 1:
             # Every rank makes all groups, in the same order.
-            if mesh.expert_parallel_size > 1:
+            if 1 < mesh.expert_parallel_size < mesh.world_size:
                 for first in range(0, mesh.world_size, mesh.expert_parallel_size):
                     ranks = mesh.at(first).expert_parallel_ranks
                     made = dist.new_group(list(ranks))
                     experts = made if mesh.rank in ranks else experts
-            if mesh.num_replicas > 1:
+            if 1 < mesh.num_replicas < mesh.world_size:  # otherwise they are alone, or all
                 for first in range(mesh.expert_parallel_size):
                     ranks = mesh.at(first).expert_replica_ranks
                     made = dist.new_group(list(ranks))

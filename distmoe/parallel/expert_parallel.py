@@ -197,7 +197,7 @@ def expert_placement(communicators: Communicators, overlap: Overlap = "auto") ->
     Example:
         >>> placement = expert_placement(Communicators.of(Mesh(world_size, rank, expert_parallel_size=2)))
         >>> experts = MLPExperts(placement.local_experts(8), width=64, hidden=256)
-        >>> layer = MoELayer(gate, experts, placement.dispatcher(8))
+        >>> layer = MoELayer(gate, experts, placement)
     """
     group, mesh = communicators.expert_parallel, communicators.mesh
 

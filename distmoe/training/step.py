@@ -133,8 +133,10 @@ def train_step(
     at("update")
     with mixtures.frozen.unchanged() if mixtures.frozen is not None else nullcontext():
         gradient_norm = engine.step()
-    for name, balancer in balanced.items():
-        balancer.update(engine.reducer(loads[name]))
+    if balanced:
+        reduced = engine.reducer({f"{name} {key}": value for name in balanced for key, value in loads[name].items()})
+        for name, balancer in balanced.items():
+            balancer.update({key: reduced[f"{name} {key}"] for key in loads[name]})
     checked = [sums["loss"], *auxiliary.values()] + [gradient_norm] * (config.train.precision != "fp16")
     return StepResult(sums, auxiliary, step_samples, gradient_norm, torch.stack(checked).sum(), routings)
 

@@ -148,11 +148,7 @@ def inside_experts(expert_parallel_size: int, ranks: Ranks) -> Pairs:
         experts = ModuleExperts(
             ids, lambda: nn.Sequential(nn.Linear(CHANNELS, 4), BatchNorm1dOfAny(4), nn.Linear(4, 2))
         )
-        return (
-            MoELayer(gate, experts).double()
-            if len(ids) == num_experts
-            else MoELayer(gate, experts, placement.dispatcher(num_experts)).double()
-        )
+        return MoELayer(gate, experts, None if len(ids) == num_experts else placement).double()
 
     placement, communicators = ranks.placement(expert_parallel_size), ranks.communicators[expert_parallel_size]
     torch.manual_seed(0)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from distmoe.contracts import UserError
 from distmoe.models import build_model
-from distmoe.moe.dispatch import LocalDispatcher, Placement
+from distmoe.moe.dispatch import Placement
 from distmoe.moe.experts import MLPExperts, ModuleExperts
 from distmoe.moe.gates.topk import TopKGate
 from distmoe.moe.growing import exact, take_weights
@@ -57,11 +57,12 @@ class Net(nn.Module):
     def __init__(self, mesh: Mesh) -> None:
         super().__init__()
         ids = mesh.local_experts(NUM_EXPERTS)
+        here = Placement(mesh.local_experts)
         self.scale = nn.Parameter(torch.tensor(1.0))
         self.stem = nn.Linear(3, 5)
         self.norm = nn.BatchNorm1d(5)
-        self.stacked = MoELayer(gate(), MLPExperts(ids, 5, 3), LocalDispatcher(NUM_EXPERTS))
-        self.modules_ = MoELayer(gate(), ModuleExperts(ids, expert), LocalDispatcher(NUM_EXPERTS))
+        self.stacked = MoELayer(gate(), MLPExperts(ids, 5, 3), here)
+        self.modules_ = MoELayer(gate(), ModuleExperts(ids, expert), here)
 
 
 def gate() -> TopKGate:

@@ -117,9 +117,8 @@ def layer_of(make: Callable[[nn.Module, int], Gate], columns: int, size: int, nu
     whole = layer(range(num_experts))
     for parameter in whole.parameters():
         nn.init.normal_(parameter)
-    local = layer(placement.local_experts(num_experts), dispatcher=placement.dispatcher(num_experts))
+    local = layer(placement.local_experts(num_experts), placement=placement)
     take_share(local, whole)
-    local.gate.reducer = placement.reducer
     x, towards = values(sum(ranks.rows), WIDTH), values(sum(ranks.rows), WIDTH, seed=2)
     everything, part = x.clone().requires_grad_(), x[ranks.own].clone().requires_grad_()
     expected, whole_routing = whole(everything, context(slice(0, len(x))))

@@ -240,21 +240,21 @@ def layer_case(
 def gate_layer(form: Form, placement: Placement) -> MoELayer:
     gate = form.gate(NUM_EXPERTS)
     experts = MLPExperts(placement.local_experts(NUM_EXPERTS), 3, 4, with_hidden=gate.needs_hidden)
-    return MoELayer(gate, experts, placement.dispatcher(NUM_EXPERTS))
+    return MoELayer(gate, experts, placement)
 
 
 def layer_of_modules(placement: Placement) -> MoELayer:
     """Images are tokens, experts are modules: parameters carry the global id."""
     gate = TopKGate(nn.Sequential(nn.Flatten(), nn.Linear(18, NUM_EXPERTS)), NUM_EXPERTS, k=2)
     experts = ModuleExperts(placement.local_experts(NUM_EXPERTS), lambda: nn.Conv2d(2, 3, 3, padding=1))
-    return MoELayer(gate, experts, placement.dispatcher(NUM_EXPERTS), token_dims=3)
+    return MoELayer(gate, experts, placement, token_dims=3)
 
 
 def layer_with_shared(placement: Placement, k: int = 2) -> MoELayer:
     shared = nn.Sequential(nn.Linear(3, 5), nn.GELU(), nn.Linear(5, 3))
     experts = MLPExperts(placement.local_experts(NUM_EXPERTS), 3, 4)
     gate = TopKGate(nn.Linear(3, NUM_EXPERTS), NUM_EXPERTS, k)
-    return MoELayer(gate, experts, placement.dispatcher(NUM_EXPERTS), shared=shared)
+    return MoELayer(gate, experts, placement, shared=shared)
 
 
 def recomputed(layer: MoELayer, x: Tensor, context: Context) -> Any:

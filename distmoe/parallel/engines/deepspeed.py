@@ -28,7 +28,7 @@ from distmoe.models.protocol import Model, ModelOutput
 from distmoe.parallel.collectives import Communicators, Observe, SumReducer, unobserved
 from distmoe.parallel.engines.launcher_variables import world_variables
 from distmoe.parallel.engines.loss_scale import LossScale
-from distmoe.parallel.engines.moments import load_whole_moments, moment_kinds, whole_moments
+from distmoe.parallel.engines.moments import STEP, load_whole_moments, moment_kinds, whole_moments
 from distmoe.parallel.engines.protocol import BuildOptimizer, BuildSchedule
 from distmoe.parallel.expert_parallel import expert_placement
 from distmoe.parallel.gradients import clip_gradients
@@ -63,7 +63,7 @@ class DeepSpeedEngine:
         self._device = device
         self._scale = LossScale(enabled=config.train.precision == "fp16")
         self.world_size = mesh.world_size
-        _open_deepspeed(device, config.parallel.timeout_s)
+        self._opened = _open_deepspeed(device, config.parallel.timeout_s)
         self.communicators = _communicators(mesh, config.parallel.checked_exchanges, observe)
         self.reducer = SumReducer(self.communicators.world)
         self.placement = expert_placement(self.communicators, config.parallel.overlap)
@@ -109,7 +109,8 @@ class DeepSpeedEngine:
     def step(self) -> Tensor:
         """See the protocol."""
         norm = self._update() if self._zero is not None else self._clip_and_update()
-        self._scale.update(finite=bool(norm.isfinite()))
+        if self._scale.enabled:  # otherwise a GPU need not be waited for
+            self._scale.update(finite=bool(norm.isfinite()))
         self._schedule.step()
         return norm
 
@@ -161,6 +162,9 @@ class DeepSpeedEngine:
         if engine is not None:
             engine.destroy()
             del self._engine
+        if self._opened:
+            dist.destroy_process_group()
+            self._opened = False
 
     def _update(self) -> Tensor:
         """One step of ZeRO, which clips by the true global norm itself and skips a step that is not finite."""
@@ -231,7 +235,7 @@ class DeepSpeedEngine:
         state = self._optimizer.state[flat]
         for kind in moment_kinds(source, name):
             key = kind.removeprefix(MOMENT)
-            if source.shape(kind, name) != extent.shape:
+            if key == STEP:
                 state[key] = source.read(kind, name, 0, 1).view(())
                 continue
             if key not in state:
@@ -305,12 +309,14 @@ def _group_name(mesh: Mesh) -> str:
     return f"ep_size_{mesh.expert_parallel_size}"  # DeepSpeed's name for it
 
 
-def _open_deepspeed(device: torch.device, timeout_s: float) -> None:
-    """Lets DeepSpeed use torch's process group, of one process if there is none."""
-    if not dist.is_initialized():
+def _open_deepspeed(device: torch.device, timeout_s: float) -> bool:
+    """Lets DeepSpeed use torch's process group; of one process if there is none, which is then opened: True."""
+    opened = not dist.is_initialized()
+    if opened:
         backend = "nccl" if device.type == "cuda" else "gloo"
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timedelta(seconds=timeout_s))
+    _forget_former_world()
     if not deepspeed_comm.is_initialized():
         # On a CPU it would compile an all-reduce over shared memory of its own, for a minute, with a compiler.
         builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
@@ -319,6 +325,19 @@ def _open_deepspeed(device: torch.device, timeout_s: float) -> None:
         # torch 2.14 has another name for a function that ZeRO calls.
         warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)
         deepspeed.init_distributed(dist_init_required=False, timeout=timedelta(seconds=timeout_s))
+        deepspeed.comm.comm.cdb.of_world = dist.group.WORLD
+    return opened
+
+
+def _forget_former_world() -> None:
+    """DeepSpeed keeps its groups in module variables, also those of a process group that has been closed since."""
+    backend = deepspeed.comm.comm.cdb
+    if backend is None or getattr(backend, "of_world", None) is dist.group.WORLD:
+        return
+    deepspeed.comm.comm.cdb = None
+    groups._WORLD_GROUP = None
+    for kept in (groups._get_expert_parallel_group_dict(), groups._get_expert_data_parallel_group_dict()):
+        kept.clear()
 
 
 def _communicators(mesh: Mesh, checked: bool, observe: Observe) -> Communicators:

@@ -1,4 +1,4 @@
-"""What libraries read from a launcher's environment variables: inside, it is what this run knows, and nothing else."""
+"""What libraries read from a launcher's environment variables: what this run knows, and nothing else."""
 
 import os
 from collections.abc import Iterator
@@ -7,7 +7,8 @@ from contextlib import contextmanager
 import torch
 
 from distmoe.parallel.mesh import Mesh
-from distmoe.parallel.runtime import without_launcher_variables
+
+_LAUNCHER_VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
 
 @contextmanager
@@ -32,3 +33,18 @@ def world_variables(mesh: Mesh, device: torch.device) -> Iterator[None]:
         finally:
             for name in ours:
                 os.environ.pop(name, None)
+
+
+@contextmanager
+def without_launcher_variables() -> Iterator[None]:
+    """Inside, a library that reads launchers' variables finds none: a run's settings come from its configuration.
+
+    Accelerate would divide gradients by ``ACCELERATE_GRADIENT_ACCUMULATION_STEPS``, and open a process group for the
+    one process of ``torchrun --nproc-per-node 1``.
+    """
+    hidden = {name for name in os.environ if name.startswith("ACCELERATE_") or name in _LAUNCHER_VARIABLES}
+    kept = {name: os.environ.pop(name) for name in hidden}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)

@@ -9,6 +9,8 @@ from torch.optim import Optimizer
 from distmoe.parallel.mesh import Mesh
 from distmoe.parallel.shards import MOMENT, Extent, Piece, TensorSource, owned_piece
 
+STEP = "step"  # torch's name for an optimizer's count of steps, the one state that is not shaped as its parameter
+
 
 def moment_kinds(source: TensorSource, name: str) -> list[str]:
     """Which moments there are of a parameter."""
@@ -31,8 +33,8 @@ def load_whole_moments(optimizer: Optimizer, source: TensorSource, name: str, ex
     state.clear()
     for kind in moment_kinds(source, name):
         key = kind.removeprefix(MOMENT)
-        if source.shape(kind, name) == extent.shape and extent.tensor.dim() > 0:
+        if key == STEP:
+            state[key] = source.read(kind, name, 0, 1).view(()).clone()
+        else:
             values = source.read(kind, name, extent.start, extent.tensor.numel())
             state[key] = values.view(extent.tensor.shape).to(extent.tensor.device, copy=True)
-        else:
-            state[key] = source.read(kind, name, 0, 1).view(()).clone()

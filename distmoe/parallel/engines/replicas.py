@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from distmoe.config import RunConfig
 from distmoe.models.protocol import Model
 from distmoe.parallel.collectives import Communicators, Observe, SumReducer, unobserved
-from distmoe.parallel.engines.launcher_variables import world_variables
+from distmoe.parallel.engines.launcher_variables import without_launcher_variables, world_variables
 from distmoe.parallel.engines.moments import load_whole_moments, whole_moments
 from distmoe.parallel.engines.protocol import BuildOptimizer, BuildSchedule
 from distmoe.parallel.expert_parallel import expert_placement
 from distmoe.parallel.mesh import Mesh
-from distmoe.parallel.runtime import without_launcher_variables
 from distmoe.parallel.shards import WEIGHT, Piece, TensorSource, owned_pieces, parameter_extents
 
 _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}

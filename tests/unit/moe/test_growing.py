@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distmoe.moe.dispatch import LocalDispatcher
+from distmoe.moe.dispatch import Placement
 from distmoe.moe.experts import Experts, MLPExperts, ModuleExperts
 from distmoe.moe.gates.base import Gate
 from distmoe.moe.gates.topk import TopKGate
@@ -59,7 +59,7 @@ def modules(ids: range) -> Experts:
 def top2(experts: Experts, num_experts: int = NUM_EXPERTS) -> MoELayer:
     torch.manual_seed(1)
     gate = TopKGate(nn.Linear(WIDTH, num_experts), num_experts, k=2)
-    return MoELayer(gate, experts, LocalDispatcher(num_experts))
+    return MoELayer(gate, experts, Placement(lambda _: experts.expert_ids))
 
 
 # --- upcycling

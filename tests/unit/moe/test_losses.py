@@ -263,7 +263,7 @@ def test_losses_are_built_where_they_have_a_weight_and_as_the_section_says():
     }
 
 
-def test_auxiliary_losses_go_through_the_reducer_once_a_layer():
+def test_auxiliary_losses_go_through_the_reducer_together():
     seen = []
 
     class Doubled:
@@ -272,11 +272,14 @@ def test_auxiliary_losses_go_through_the_reducer_once_a_layer():
             return {name: tensor * 2 for name, tensor in sums.items()}
 
     one = routing([[0.9, 0.1]], [[0]], torch.zeros(1, 2))
-    losses = {"z": LOSSES["z"](SECTION)}
+    losses = {name: LOSSES[name](SECTION) for name in ("z", "importance")}
+    sums = {"z": ("rows", "squares"), "importance": ("probs_E",)}
     # Twice the squares over twice the rows: as before. It is not the loss that is reduced.
     values = auxiliary_losses({"a": one, "b": one}, losses, reducer=Doubled())
     assert float(values["z"]) == pytest.approx(math.log(2) ** 2)
-    assert seen == [["rows", "squares"]] * 2
+    assert float(values["importance"]) == pytest.approx(2 * (0.9 - 0.5) ** 2 / 0.5**2)
+    names = [f"{name} {layer} {key}" for name, keys in sums.items() for layer in "ab" for key in keys]
+    assert seen == [sorted(names)]
 
 
 @pytest.mark.parametrize(

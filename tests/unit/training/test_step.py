@@ -268,7 +268,7 @@ def test_balancers_get_the_sums_of_all_ranks_after_the_optimizer():
     (first, second) = routings_before(config, model, 0, 5, 3)
     engine = Recorded(reducer=Doubled())
     train_step(engine, model, mixtures_of(config, model), config, 0, step_of(0, 5, 3))
-    assert events == ["step", ["weights_E"]]
+    assert events == ["step", ["mixture weights_E"]]
     expected = 2 * (first.probs_TE.double().sum(0) + second.probs_TE.double().sum(0))
     torch.testing.assert_close(model.gate.balancer.totals_E, expected.detach(), rtol=1e-6, atol=1e-6)
 
