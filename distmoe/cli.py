@@ -5,6 +5,7 @@ Commands import what they need when they run, through :func:`_load`: ``--help`` 
 
 import importlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -262,7 +263,7 @@ def end_with(command: Callable[[], object]) -> NoReturn:
     """
     code = 0
     try:
-        command()
+        _run(command)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 0
     except KeyboardInterrupt as stop:
@@ -283,6 +284,15 @@ def end_with(command: Callable[[], object]) -> NoReturn:
     if runtime is not None and runtime.is_connected():  # to ranks that are gone: closing would wait for them
         end_at_once(code)
     sys.exit(code)
+
+
+def _run(command: Callable[[], object]) -> None:
+    try:
+        command()
+    except BaseException:
+        if _STARTED_BY_LAUNCHER & os.environ.keys():  # it ends all when one leaves, and this one has still to speak
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise
 
 
 _LESS_MEMORY = (

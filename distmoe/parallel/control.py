@@ -2,16 +2,22 @@
 
 Between two exchanges a rank may do something alone (write a file, read data) and fail alone. Everything that may fail
 so goes through :class:`Control`, which lets all ranks know: they go on together, or stop together with one message.
+It may also take long, longer than any exchange: the others wait for it while the rank gives signs of life.
 """
 
+import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from distmoe.contracts import UserError
-from distmoe.parallel.collectives import Observe, unobserved
+from distmoe.parallel.collectives import unobserved
+from distmoe.parallel.heartbeat import Heartbeat
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -23,14 +29,17 @@ class Control:
         rank: This one.
         world_size: Number of ranks.
         group: A gloo group of all ranks; None: the default group, or none where there is one rank.
-        observe: See :data:`distmoe.parallel.collectives.Observe`.
+        heartbeat: The signs of life by which ranks wait for each other; None: all are as long in an exchange.
     """
 
-    def __init__(self, rank: int = 0, world_size: int = 1, group: Any = None, observe: Observe = unobserved) -> None:
+    def __init__(
+        self, rank: int = 0, world_size: int = 1, group: Any = None, heartbeat: Heartbeat | None = None
+    ) -> None:
         self.rank = rank
         self.world_size = world_size
         self._group = group
-        self._observe = observe
+        self._heartbeat = heartbeat
+        self._observe = unobserved if heartbeat is None else heartbeat.during
 
     @property
     def is_main(self) -> bool:
@@ -43,7 +52,12 @@ class Control:
         Raises:
             UserError: It raised one, on rank 0; the same error on all ranks.
         """
-        return self._all(function if self.is_main else None)[0]
+        outcomes: list[Any] = [self._outcome(function if self.is_main else None)]
+        if self.world_size > 1:
+            self._wait_for_work()
+            with self._observe("hearing from rank 0", 0):
+                dist.broadcast_object_list(outcomes, src=0, group=self._group)
+        return _results(outcomes)[0]
 
     def together(self, function: Callable[[], Result]) -> Result:
         """What ``function`` gives here, after it has run on all ranks. Collective.
@@ -51,11 +65,13 @@ class Control:
         Raises:
             UserError: It raised one on some rank; the error of the first such rank on all.
         """
-        return self._all(function)[self.rank]
+        outcome = self._outcome(function)
+        self._wait_for_work()
+        return _results(self._gathered(outcome))[self.rank]
 
     def gather(self, value: Result) -> list[Result]:
         """The values of all ranks, in their order; small and picklable. Collective."""
-        return self._all(lambda: value)
+        return self._gathered(value)
 
     def largest(self, numbers: Sequence[float]) -> list[float]:
         """Each number's largest value over all ranks; NaN and infinity count as infinity. Collective."""
@@ -74,19 +90,32 @@ class Control:
         """Returns when all ranks have come here. Collective."""
         self.largest([0.0])
 
-    def _all(self, function: Callable[[], Any] | None) -> list[Any]:
-        outcome: tuple[Any, UserError | None] = (None, None)
-        try:
-            outcome = (function() if function is not None else None, None)
-        except UserError as error:
-            if self.world_size == 1:
-                raise
-            outcome = (None, error)
-        outcomes: list[Any] = [outcome] * self.world_size
+    def _outcome(self, function: Callable[[], Any] | None) -> tuple[Any, UserError | None]:
+        """What a function gives, or the error it raises."""
+        if function is None:
+            return None, None
+        with nullcontext() if self._heartbeat is None else self._heartbeat.working_alone():
+            try:
+                return function(), None
+            except UserError as error:
+                if self.world_size == 1:
+                    raise
+                return None, error
+
+    def _wait_for_work(self) -> None:
+        if self._heartbeat is not None:
+            self._heartbeat.wait_for_all(logger.info if self.is_main else logger.debug)
+
+    def _gathered(self, value: Any) -> list[Any]:
+        values = [value] * self.world_size
         if self.world_size > 1:
             with self._observe("agreeing with all ranks", 0):
-                dist.all_gather_object(outcomes, outcome, group=self._group)
-        for _, raised in outcomes:
-            if raised is not None:
-                raise raised
-        return [result for result, _ in outcomes]
+                dist.all_gather_object(values, value, group=self._group)
+        return values
+
+
+def _results(outcomes: Sequence[tuple[Any, UserError | None]]) -> list[Any]:
+    for _, raised in outcomes:
+        if raised is not None:
+            raise raised
+    return [result for result, _ in outcomes]

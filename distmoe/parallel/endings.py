@@ -3,7 +3,10 @@
 import json
 import os
 import re
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import NoReturn
 
@@ -68,6 +71,20 @@ def end_at_once(exit_code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)
+
+
+@contextmanager
+def deaf_to_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM is ignored: a launcher that sees one rank leave sends it to others, which have still to speak."""
+    try:
+        previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    except ValueError:  # not in the main thread: signals are somebody else's business
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 _EXCHANGE = re.compile(r"gloo|closed by peer|reset by peer|Timed out waiting|NCCL|Broken pipe", re.IGNORECASE)

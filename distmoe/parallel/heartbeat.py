@@ -4,7 +4,8 @@ Each rank writes where it is into the store, twice a second, from a thread of it
 *ending* there: once, the first one counts. The others, blocked in an exchange perhaps, see it through that thread, say
 in one line that they stop, and acknowledge; then the rank that failed prints its own error and leaves, and its broken
 connections wake the others up. Where nobody says why an exchange has failed, the survivors compare signs of life:
-whoever gives none any more is lost.
+whoever gives none any more is lost. And each thread watches the next rank, in a ring: where its signs of life stop and
+no exchange fails (GPUs wait on their own, and so does work outside exchanges), the thread writes the ending.
 
 A process that cannot be woken up is ended by the thread. Nothing here waits for ever: neither for a rank nor a store.
 """
@@ -14,8 +15,8 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any, NoReturn, TypeVar
 
 from distmoe.contracts import UserError
@@ -30,30 +31,16 @@ from distmoe.parallel.endings import (
     is_consequence,
     say,
 )
+from distmoe.parallel.signs import ENDING_KEY, Sign, come_key, describe_lost, joined_key, listed, sign_key
 
 BEAT_S = 0.5
 _TELL_S = 0.4  # the thread speaks for the main thread only after so long: it may be about to fail in the same way
 _REPORT_S = 5.0
+_ANSWER_S = 2.0  # of the store, to one request
+_SUSPECT_BEATS = 3  # of the watching rank without one of the next rank
 _LEAVE_S = 4.0  # after the ending: for acknowledgements, and for a main thread to come to its end
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Sign:
-    """A sign of life.
-
-    Attributes:
-        beats: Counts up.
-        place: Where the rank is: ``step 12, forward``.
-        time_s: When, by its host's clock.
-        host: Its host's name.
-    """
-
-    beats: int
-    place: str
-    time_s: float
-    host: str
 
 
 class Heartbeat:
@@ -62,7 +49,8 @@ class Heartbeat:
     Args:
         rank: This one.
         world_size: Number of ranks.
-        store: Reached by all; used through clones, since a request holds a store's lock until it is answered.
+        store: Reached by all, with keys of this run alone, :func:`distmoe.parallel.signs.empty_signs` among them; used
+            through clones, since a request holds a store's lock until it is answered.
         serves_store: Whether the store ends with this process, which therefore leaves last.
         limit_s: For how long ranks wait for each other at all.
     """
@@ -77,8 +65,17 @@ class Heartbeat:
         self._limit_s = limit_s
         # A rank without a sign of life for so long, after an exchange has failed, is lost; a busy host may be slow.
         self._silent_s = max(3 * BEAT_S, min(10 * BEAT_S, limit_s / 4))
+        # Counted in own beats: where the whole host stands still, or is slow, so does the counting.
+        self._still_limit = round(max(10 * BEAT_S, limit_s / 2) / BEAT_S)
         self._place = "start"
+        self._alone = False
+        self._waits = 0
         self._beats = 0
+        self._joined = False
+        self._same_rank = 0
+        self._next_sign = b""
+        self._still = 0
+        self._suspected: dict[int, Sign] = {}
         self._told = threading.Lock()  # taken once, by whoever says that this rank stops
         self._stop = threading.Event()
         self._leaving = threading.Event()
@@ -87,32 +84,32 @@ class Heartbeat:
 
     def start(self) -> None:
         """Begins to write signs of life."""
+        self._same_rank = self._store.add(joined_key(self.rank), 1)
         self._thread.start()
 
     def join(self, timeout_s: float) -> None:
-        """Returns when all ranks have opened the store. Collective.
+        """Returns when all ranks have come to this run. Collective.
 
         Raises:
             UserError: Some have not come in time, or two processes have one rank.
         """
-        if self._store.add(f"joined/{self.rank}", 1) > 1:
+        if self._same_rank > 1:
             raise UserError(
                 f"two processes say that they are rank {self.rank}: give each a RANK of its own, from 0 to "
                 f"{self.world_size - 1}, and each run a MASTER_PORT of its own"
             )
-        keys = [f"joined/{rank}" for rank in range(self.world_size)]
-        give_up = time.monotonic() + timeout_s
-        while not self._store.check(keys):
-            if self.ending is not None:
-                raise PeerFailureError(self.ending.cause, self.ending.exit_code)
-            if time.monotonic() > give_up:
-                missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+        all_here, started = self._come(), time.monotonic()
+        while not self._store.check([all_here]):
+            self._raise_ending()
+            if time.monotonic() - started > timeout_s:
+                missing = self._missing()
                 raise UserError(
                     f"only {self.world_size - len(missing)} of {self.world_size} processes have joined within "
-                    f"{timeout_s:g} s; rank {_listed(missing)} has not come: start all of them, or set "
-                    "parallel.timeout_s to wait longer"
+                    f"{timeout_s:g} s; rank {listed(missing)} has not come: start all of them, each with a RANK of "
+                    "its own, or set parallel.timeout_s to wait longer"
                 )
-            time.sleep(BEAT_S / 10)
+            _nap(started)
+        self._joined = True
 
     def stop(self) -> None:
         """No more signs of life; the run has ended well."""
@@ -133,35 +130,39 @@ class Heartbeat:
         yield
         self._place = place
 
-    def wait_for_all(self, what: str, report: Callable[[str], None]) -> None:
+    @contextlib.contextmanager
+    def working_alone(self) -> Iterator[None]:
+        """Inside, others wait for this rank however long that takes, see :meth:`wait_for_all`."""
+        self._alone = True
+        try:
+            yield
+        finally:
+            self._alone = False
+
+    def wait_for_all(self, report: Callable[[str], None], what: str = "") -> None:
         """Returns when all ranks have come here, however long that takes, while they give signs of life. Collective.
 
         Args:
-            what: What they have done then; each name once.
             report: Gets a line every few seconds.
+            what: What they have done then; empty: what is noted as this rank's place. Then only ranks that note to be
+                :meth:`working_alone` are waited for beyond the time limit.
 
         Raises:
             PeerFailureError: A rank has ended the run meanwhile.
-            LostRanksError: One gives no sign of life for the time limit.
+            LostRanksError: One is elsewhere for the time limit.
         """
-        keys = [f"done/{what}/{rank}" for rank in range(self.world_size)]
-        self._store.set(keys[self.rank], "1")
+        all_here = self._come()
         started = looked = time.monotonic()
-        heard = dict.fromkeys(range(self.world_size), (0, started))
-        while not self._store.check(keys):
+        while not self._store.check([all_here]):
+            self._raise_ending()
             now = time.monotonic()
-            if self.ending is not None:
-                raise PeerFailureError(self.ending.cause, self.ending.exit_code)
-            if now - looked >= _REPORT_S:
-                looked = now
-                missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
-                signs = self._signs()
-                heard |= {rank: (sign.beats, now) for rank, sign in signs.items() if sign.beats != heard[rank][0]}
-                silent = [rank for rank in missing if now - heard[rank][1] > max(self._limit_s, _REPORT_S)]
-                if silent:
-                    raise LostRanksError(_describe_lost(silent, signs))
-                report(f"waiting for rank {_listed(missing)}: {what} ({now - started:.0f} s)")
-            time.sleep(BEAT_S / 10)
+            if now - looked >= min(_REPORT_S, self._limit_s):
+                looked, missing, signs = now, self._missing(), self._signs(self._store)
+                elsewhere = [rank for rank in missing if rank not in signs or not signs[rank].alone]
+                if not what and elsewhere and now - started > self._limit_s:
+                    raise LostRanksError(f"rank {listed(elsewhere)} has not come for {self._limit_s:g} s")
+                report(f"waiting for rank {listed(missing)}: {what or self._place} ({now - started:.0f} s)")
+            _nap(started)
 
     def settle(self, error: BaseException) -> BaseException:
         """Agrees with the other ranks on why the run ends, and waits, for seconds at most, until they know.
@@ -172,7 +173,11 @@ class Heartbeat:
         """
         self._leaving.set()
         try:
-            ending = _bounded(lambda: self._agree(error), self._silent_s + 1.0)
+            ending = self.ending or _bounded(lambda: self._read(self._store), _ANSWER_S)
+            if ending is None:
+                proposed = self._diagnosed(error) if is_consequence(error) else self._own(error)
+                ending = _bounded(lambda: self._agreed(self._store, proposed), _ANSWER_S)
+            self.ending = ending
         except _NoAnswerError:
             return self._without_store(error)
         if ending.speaker == self.rank:
@@ -184,13 +189,27 @@ class Heartbeat:
             _bounded(lambda: self._acknowledge(self._store, wait=self._serves_store), _LEAVE_S)
         return PeerFailureError(ending.cause, ending.exit_code)
 
-    def _agree(self, error: BaseException) -> Ending:
-        ending = self.ending or self._read(self._store)
-        if ending is None:
-            proposed = self._diagnosed(error) if is_consequence(error) else self._own(error)
-            ending = Ending.of_text(self._store.compare_set("ending", "", proposed.text()))  # the first one counts
-        self.ending = ending
-        return ending
+    def _come(self) -> str:
+        """Notes that this rank has come to the next place where all wait; the key that is there when all have."""
+        self._waits += 1
+        self._store.set(come_key(self.rank), str(self._waits))
+        if self._store.add(f"come/{self._waits}", 1) == self.world_size:
+            self._store.set(f"all here/{self._waits}", "1")
+            for used in ("come", "all here"):  # all have left the place before this one
+                self._store.delete_key(f"{used}/{self._waits - 1}")
+        return f"all here/{self._waits}"
+
+    def _missing(self) -> list[int]:
+        """The ranks that have not come to where this one waits."""
+        come = self._store.multi_get([come_key(rank) for rank in range(self.world_size)])
+        return [rank for rank, waits in enumerate(come) if int(waits or 0) < self._waits]
+
+    def _raise_ending(self) -> None:
+        if self.ending is not None:
+            raise PeerFailureError(self.ending.cause, self.ending.exit_code)
+
+    def _agreed(self, store: Any, proposed: Ending) -> Ending:
+        return Ending.of_text(store.compare_set(ENDING_KEY, "", proposed.text()))  # the first one counts
 
     def _own(self, error: BaseException) -> Ending:
         message, place = describe_error(error), self._place
@@ -200,28 +219,35 @@ class Heartbeat:
 
     def _diagnosed(self, error: BaseException) -> Ending:
         """Who is lost: gives no signs of life any more. Where all do, who is elsewhere."""
-        before = self._signs()
+        before = _bounded(lambda: self._signs(self._store), _ANSWER_S)
         time.sleep(self._silent_s)
-        after = self._signs()
+        after = _bounded(lambda: self._signs(self._store), _ANSWER_S)
+        lost = self._lost(before, after)
+        if lost is not None:
+            return lost
+        places: dict[str, list[int]] = {}
+        for rank, sign in after.items():
+            places.setdefault(sign.place, []).append(rank)
+        where = "; ".join(f"rank {listed(there)} in {place}" for place, there in places.items())
+        cause = "an exchange failed although all ranks are alive"
+        message = (
+            f"{cause}: {where} ({first_line(str(error))}). A rank that is "
+            "elsewhere than the others is too slow (raise parallel.timeout_s) or waits for something; where all "
+            "are in one place, the network between them is cut, or they do not agree on the exchange: "
+            "parallel.checked_exchanges=true says how"
+        )
+        return Ending(cause, message, LostRanksError.exit_code, 0)
+
+    def _lost(self, before: dict[int, Sign], after: dict[int, Sign]) -> Ending | None:
+        """The ending for ranks whose signs of life have not changed; None: all have."""
         ranks = range(self.world_size)
         alive = {rank for rank in ranks if rank in after and (rank not in before or after[rank] != before[rank])}
         alive.add(self.rank)
         lost = tuple(rank for rank in ranks if rank not in alive)
-        if lost:
-            message = _describe_lost(lost, after)
-            cause = f"no answer from rank {_listed(lost)}"
-        else:
-            places: dict[str, list[int]] = {}
-            for rank, sign in after.items():
-                places.setdefault(sign.place, []).append(rank)
-            where = "; ".join(f"rank {_listed(there)} in {place}" for place, there in places.items())
-            cause = "an exchange failed although all ranks are alive"
-            message = (
-                f"{cause}: {where} ({first_line(str(error))}). A rank that is "
-                "elsewhere than the others is too slow (raise parallel.timeout_s) or waits for something; where all "
-                "are in one place, the network between them is cut"
-            )
-        return Ending(cause, message, LostRanksError.exit_code, min(alive), lost)
+        if not lost:
+            return None
+        cause = f"no answer from rank {listed(lost)}"
+        return Ending(cause, describe_lost(lost, after), LostRanksError.exit_code, min(alive), lost)
 
     def _without_store(self, error: BaseException) -> BaseException:
         """Nobody can be told anything any more."""
@@ -237,7 +263,7 @@ class Heartbeat:
 
     def _await_acknowledgements(self, ending: Ending) -> None:
         others = [rank for rank in range(self.world_size) if rank != self.rank and rank not in ending.lost]
-        while not all(self._store.check([f"told/{rank}"]) for rank in others):
+        while not self._store.check([f"told/{rank}" for rank in others]):
             time.sleep(BEAT_S / 10)
         self._store.set("all told", "1")
 
@@ -251,22 +277,23 @@ class Heartbeat:
         if self._told.acquire(blocking=False) and ending is not None:
             say(f"distmoe: rank {self.rank} stopped: {ending.cause}")
 
-    def _signs(self) -> dict[int, Sign]:
-        keys = {rank: f"alive/{rank}" for rank in range(self.world_size)}
-        there = [rank for rank, key in keys.items() if self._store.check([key])]
-        return {rank: Sign(**json.loads(self._store.get(keys[rank]))) for rank in there}
+    def _signs(self, store: Any) -> dict[int, Sign]:
+        signs = enumerate(store.multi_get([sign_key(rank) for rank in range(self.world_size)]))
+        return {rank: Sign(**json.loads(sign)) for rank, sign in signs if sign}
 
     def _read(self, store: Any) -> Ending | None:
-        return Ending.of_text(store.get("ending")) if store.check(["ending"]) else None
+        return Ending.of_text(store.get(ENDING_KEY)) if store.check([ENDING_KEY]) else None
 
     def _beat_until_stopped(self) -> None:
         seen: float | None = None
         while not self._stop.is_set():
             try:
                 self._beats += 1
-                sign = Sign(self._beats, self._place, time.time(), socket.gethostname())
-                self._thread_store.set(f"alive/{self.rank}", json.dumps(asdict(sign)))
+                sign = Sign(self._beats, self._place, time.time(), socket.gethostname(), self._alone)
+                self._thread_store.set(sign_key(self.rank), json.dumps(asdict(sign)))
                 self.ending = self.ending or self._read(self._thread_store)
+                if self._joined and self.ending is None and not self._leaving.is_set():
+                    self._watch_next(self._thread_store)
                 self._unreachable_since = None
             except RuntimeError:
                 self._unreachable_since = self._unreachable_since or time.monotonic()
@@ -276,7 +303,19 @@ class Heartbeat:
                 self._end_for_main_thread(self.ending, now - seen)
             elif self._unreachable_since is not None and now - self._unreachable_since > self._limit_s:
                 self._end_process(LostRanksError(_STORE_GONE))
-            self._stop.wait(BEAT_S if seen is None else BEAT_S / 5)
+            self._stop.wait(BEAT_S if self._joined and seen is None else BEAT_S / 10)
+
+    def _watch_next(self, store: Any) -> None:
+        """Writes the ending where the next rank gives no signs of life: nobody else may notice."""
+        sign = store.get(sign_key((self.rank + 1) % self.world_size))
+        self._still = self._still + 1 if sign == self._next_sign else 0
+        self._next_sign = sign
+        if self._still == _SUSPECT_BEATS:
+            self._suspected = self._signs(store)
+        elif self._still >= self._still_limit:
+            lost = self._lost(self._suspected, self._signs(store))
+            if lost is not None:
+                self.ending = self._agreed(store, lost)
 
     def _end_for_main_thread(self, ending: Ending, since_s: float) -> None:
         """What the main thread would do if it were not blocked, or busy."""
@@ -294,6 +333,11 @@ class Heartbeat:
         if error is not None:
             say(f"distmoe: error: {error}")
         end_at_once(exit_code)
+
+
+def _nap(started: float) -> None:
+    """Before looking again: short at first, so that a short wait stays short."""
+    time.sleep(min((time.monotonic() - started) / 4 + 1e-4, BEAT_S / 10))
 
 
 _STORE_GONE = "the store through which ranks find each other cannot be reached"
@@ -317,25 +361,3 @@ def _bounded(function: Callable[[], Result], limit_s: float) -> Result:
     if not results:
         raise _NoAnswerError
     return results[0]
-
-
-def _describe_lost(lost: Iterable[int], signs: dict[int, Sign]) -> str:
-    found = []
-    for rank in lost:
-        sign = signs.get(rank)
-        if sign is None:
-            found.append(f"rank {rank} has never given a sign of life")
-            continue
-        age_s = max(time.time() - sign.time_s, 0.0)
-        found.append(
-            f"rank {rank} (host {sign.host}) has not been heard of for {age_s:.0f} s; its last sign of life was "
-            f"in: {sign.place}"
-        )
-    return (
-        "; ".join(found) + ". Its process has been killed (out of memory?) or stopped, or its host is cut off; go "
-        "on with run.resume=true"
-    )
-
-
-def _listed(ranks: Iterable[int]) -> str:
-    return ", ".join(str(rank) for rank in ranks)

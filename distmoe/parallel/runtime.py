@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import FrameType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import psutil
 import torch
@@ -20,7 +20,9 @@ from distmoe.config import RunConfig, config_to_yaml
 from distmoe.contracts import UserError
 from distmoe.parallel.collectives import Observe, unobserved
 from distmoe.parallel.control import Control
+from distmoe.parallel.endings import deaf_to_sigterm
 from distmoe.parallel.heartbeat import Heartbeat
+from distmoe.parallel.joining import join_run
 from distmoe.parallel.mesh import Mesh, choose_mesh
 from distmoe.parallel.world import World
 
@@ -28,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-_LAUNCHER_VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 _EARLY_LIMIT_S = 15.0
 
 
@@ -101,10 +102,10 @@ class Runtime:
         sign of life any more is not waited for.
 
         Args:
-            what: What they have done then: ``opening the data``; each name once.
+            what: What they have done then: ``opening the data``.
         """
         if self.heartbeat is not None:
-            self.heartbeat.wait_for_all(what, logger.info if self.control.is_main else logger.debug)
+            self.heartbeat.wait_for_all(logger.info if self.control.is_main else logger.debug, what)
 
     def limit_exchanges(self) -> None:
         """Gives all groups of processes this run's time limit: those that libraries have made wait half an hour."""
@@ -187,11 +188,13 @@ def told_once(function: Callable[[], Result]) -> Result:
         if world.size == 1:
             raise
         try:
-            heartbeat = _heartbeat(world, world.open_store(_EARLY_LIMIT_S), _EARLY_LIMIT_S)
+            heartbeat = join_run(world, _EARLY_LIMIT_S, _EARLY_LIMIT_S)
         except UserError:  # nobody else is there
             raise error from None
-        _stay_to_the_end()
-        raise heartbeat.settle(error) from None
+        with deaf_to_sigterm():
+            told = heartbeat.settle(error)
+        heartbeat.stop()
+        raise told from None
 
 
 def is_connected() -> bool:
@@ -212,6 +215,10 @@ def choose_device(world: World) -> torch.device:
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
+    if torch.cuda.device_count() == 1 and os.environ.get(
+        "CUDA_VISIBLE_DEVICES"
+    ):  # the launcher's choice, for each rank
+        return torch.device("cuda", 0)
     if world.ranks_per_host > torch.cuda.device_count():
         raise UserError(
             f"{world.ranks_per_host} processes on this host, but {torch.cuda.device_count()} GPUs: start as many "
@@ -228,6 +235,8 @@ def check_layout(config: RunConfig, world: World) -> Mesh:
     """
     num_experts = config.moe.num_experts if config.moe is not None else None
     size = config.parallel.expert_parallel_size
+    if config.parallel.backend == "replicas" and size == "auto":
+        size = 1
     return choose_mesh(world.size, world.rank, world.ranks_per_host, size, num_experts)
 
 
@@ -251,21 +260,6 @@ def process_start_time() -> float:
     return float(psutil.Process().create_time())
 
 
-@contextmanager
-def without_launcher_variables() -> Iterator[None]:
-    """Inside, a library that reads launchers' variables finds none: a run's settings come from its configuration.
-
-    Accelerate would divide gradients by ``ACCELERATE_GRADIENT_ACCUMULATION_STEPS``, and open a process group for the
-    one process of ``torchrun --nproc-per-node 1``.
-    """
-    hidden = {name for name in os.environ if name.startswith("ACCELERATE_") or name in _LAUNCHER_VARIABLES}
-    kept = {name: os.environ.pop(name) for name in hidden}
-    try:
-        yield
-    finally:
-        os.environ.update(kept)
-
-
 def set_up_logging(rank: int = 0) -> None:
     """Log lines with the time, on standard error; of ranks above 0 only warnings, with the rank."""
     logging.basicConfig(
@@ -284,28 +278,20 @@ def set_up_logging(rank: int = 0) -> None:
 @contextmanager
 def _joined(world: World, timeout_s: float, limit_s: float) -> Iterator[Heartbeat]:
     """Inside, all ranks know each other's signs of life, and an error of one ends all."""
-    heartbeat = _heartbeat(world, world.open_store(timeout_s), limit_s)
-    heartbeat.start()
+    heartbeat = join_run(world, timeout_s, limit_s)
     try:
         heartbeat.join(timeout_s)
         yield heartbeat
     except Interrupted:
         raise
     except BaseException as error:
-        _stay_to_the_end()
-        told = heartbeat.settle(error)
+        with deaf_to_sigterm():
+            told = heartbeat.settle(error)
         if told is error:
             raise
         raise told from None
     finally:
         heartbeat.stop()
-
-
-def _heartbeat(world: World, store: Any, limit_s: float) -> Heartbeat:
-    # A store outlives a run where one process makes several: each has keys of its own.
-    number = store.add(f"distmoe opened by rank {world.rank}", 1)
-    own = dist.PrefixStore(f"distmoe run {number}", store)  # type: ignore[attr-defined]
-    return Heartbeat(world.rank, world.size, own, world.serves_store, limit_s)
 
 
 @contextmanager
@@ -324,19 +310,31 @@ def _groups(
             timeout=limit,
         )
     group = dist.new_group(backend="gloo", timeout=limit) if device.type == "cuda" else None
-    control = Control(world.rank, world.size, group, heartbeat.during)
+    control = Control(world.rank, world.size, group, heartbeat)
     if not control.equal(zlib.crc32(config_to_yaml(config).encode())):
         raise UserError(
             "the ranks have been started with different configurations: start all with the same file and overrides"
         )
     if not control.equal(world.ranks_per_host):
         raise UserError("hosts have different numbers of processes: start as many on each")
+    if device.type == "cuda":
+        _check_own_device(world, device, control)
     try:
         yield control
     except Interrupted:
         _part(control, heartbeat, opened)
         raise
     _part(control, heartbeat, opened)
+
+
+def _check_own_device(world: World, device: torch.device, control: Control) -> None:
+    own = (world.rank // world.ranks_per_host, os.environ.get("CUDA_VISIBLE_DEVICES"), device.index)
+    same = [rank for rank, other in enumerate(control.gather(own)) if other == own]
+    if len(same) > 1:
+        raise UserError(
+            f"ranks {', '.join(map(str, same))} have been given one GPU (CUDA_VISIBLE_DEVICES={own[1]}): give each "
+            "process one of its own, or each all of them"
+        )
 
 
 def _part(control: Control, heartbeat: Heartbeat, opened: bool) -> None:
@@ -388,11 +386,3 @@ def _recorded_signals(runtime: Runtime) -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _stay_to_the_end() -> None:
-    """A launcher that sees one rank leave sends SIGTERM to the others, which have still something to say."""
-    try:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    except ValueError:  # not in the main thread
-        return

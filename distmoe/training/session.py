@@ -228,6 +228,7 @@ def open_session(config: RunConfig, runtime: Runtime) -> Iterator[Session]:
         data.close()
         raise
     try:
+        runtime.limit_exchanges()  # again below: the engine makes more groups
         module = build_model(config, data.spec, engine.placement)
         share_batch_statistics(module, engine.communicators)
         total_steps = config.train.max_steps or config.train.epochs * plan.num_steps

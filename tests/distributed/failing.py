@@ -19,6 +19,7 @@ from distmoe import cli
 from distmoe.contracts import UserError
 from distmoe.data.loaders.resident import ResidentLoader
 from distmoe.models.convnet import ConvNet
+from distmoe.parallel.endings import say
 from distmoe.parallel.engines.replicas import ReplicasEngine
 from distmoe.parallel.runtime import Interrupted, set_up_logging
 from distmoe.parallel.world import World
@@ -102,6 +103,9 @@ def _rank(rank: int, world_size: int, folder: Path, data: Path, fault: str, over
             train(tiny_config(data, folder / "runs", *own), world)
         except Interrupted as stop:
             raise SystemExit(128 + stop.signal_number) from None
+        finally:
+            if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+                say("distmoe: SIGTERM is somebody's whom nobody asked")
 
     cli.end_with(command)
 
@@ -159,6 +163,7 @@ FAULTS: dict[str, Callable[[Fault], None]] = {
     "defect in metrics": lambda note: _in_call(MetricsFile, "write", STEP, _raises(KeyError("planted"), note)),
     "killed": lambda note: _in_call(ConvNet, "forward", STEP + 1, _signals(signal.SIGKILL, note)),
     "stopped": lambda note: _in_call(ConvNet, "forward", STEP + 1, _signals(signal.SIGSTOP, note)),
+    "stopped saving": lambda note: _in_call(checkpoint, "write_pieces", 1, _signals(signal.SIGSTOP, note)),
     "interrupted": lambda note: _in_call(ConvNet, "forward", STEP + 1, _signals(signal.SIGINT, note)),
     "interrupted early": lambda note: _in_call(checkpoint.CheckpointFolder, "newest", 1, _signals(signal.SIGINT, note)),
     "not there": lambda note: _raises(SystemExit(0), note)(),

@@ -395,7 +395,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[s
     """The folder, and what each rank has found."""
     folder = tmp_path_factory.mktemp("checkpoints")
     train_sources(folder)
-    return folder, run_ranks(check, 4, tmp_path_factory.mktemp("rendezvous"), folder)
+    return folder, run_ranks(check, 4, folder)
 
 
 @pytest.fixture(scope="module")

@@ -424,8 +424,8 @@ def everything() -> tuple[dict[str, list[str]], dict[str, list[str]], dict[str, 
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids="{} ranks".format)
-def found(request, tmp_path_factory):
-    return run_ranks(everything, request.param, tmp_path_factory.mktemp("ranks"))
+def found(request):
+    return run_ranks(everything, request.param)
 
 
 @pytest.mark.parametrize("name", CASES)

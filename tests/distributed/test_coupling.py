@@ -320,8 +320,8 @@ def all_differences() -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids="{} ranks".format)
-def found(request, tmp_path_factory):
-    return run_ranks(all_differences, request.param, tmp_path_factory.mktemp("ranks"))
+def found(request):
+    return run_ranks(all_differences, request.param)
 
 
 @pytest.mark.parametrize("name", CASES)

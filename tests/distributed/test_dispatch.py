@@ -459,8 +459,8 @@ def all_differences(world_size: int) -> dict[int, dict[str, list[str]]]:
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids="{} ranks".format)
-def found(request, tmp_path_factory):
-    return run_ranks(all_differences, request.param, tmp_path_factory.mktemp("ranks"), request.param)
+def found(request):
+    return run_ranks(all_differences, request.param, request.param)
 
 
 @pytest.mark.parametrize("name", SITUATIONS)

@@ -40,8 +40,8 @@ def _check_half_precision() -> dict[Layout, Any]:
 
 
 @pytest.fixture(scope="module")
-def half(tmp_path_factory):
-    (found,) = run_ranks(_check_half_precision, 1, tmp_path_factory.mktemp("ranks"))
+def half():
+    (found,) = run_ranks(_check_half_precision, 1)
     return found
 
 
@@ -101,8 +101,8 @@ def frozen(layout: Layout) -> dict[str, tuple[bool, bool]]:
 
 
 @pytest.fixture(scope="module")
-def spread(tmp_path_factory):
-    return run_ranks(_check_scaling_and_freezing, 2, tmp_path_factory.mktemp("ranks"))
+def spread():
+    return run_ranks(_check_scaling_and_freezing, 2)
 
 
 @pytest.mark.parametrize("layout", SPREAD, ids=str)

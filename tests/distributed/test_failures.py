@@ -79,10 +79,12 @@ def test_error_that_all_know_of_is_printed_once(rank: int, fault: str, message: 
 
 
 @pytest.mark.parametrize(
-    ("fault", "lost"), [("killed", 1), ("killed", 0), ("stopped", 2)], ids=["killed", "rank 0 killed", "stopped"]
+    ("fault", "lost"),
+    [("killed", 1), ("killed", 0), ("stopped", 2), ("stopped saving", 1)],
+    ids=["killed", "rank 0 killed", "stopped while others are in an exchange", "stopped while others only wait"],
 )
 def test_lost_rank_is_named_by_the_lowest_survivor(fault: str, lost: int, data: Path, tmp_path: Path):
-    outcome = run_with_fault(3, tmp_path, data, (lost, fault), *OVERRIDES, stopped=lost if fault == "stopped" else -1)
+    outcome = run_with_fault(3, tmp_path, data, (lost, fault), *OVERRIDES, stopped=lost if "stopped" in fault else -1)
     codes: list[int | None] = [1, 1, 1]
     codes[lost] = -signal.SIGKILL
     assert outcome.codes == codes, outcome.log

@@ -54,22 +54,19 @@ def described(run: Run) -> str:
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The file with the trainings in one process."""
     file = tmp_path_factory.mktemp("reference") / "references.pt"
-    run_ranks(
-        references, 1, tmp_path_factory.mktemp("ranks"), [row.case for row in ROWS], WIDE_CASES, file, limit_s=LIMIT_S
-    )
+    run_ranks(references, 1, [row.case for row in ROWS], WIDE_CASES, file, limit_s=LIMIT_S)
     return file
 
 
 @pytest.fixture(scope="module")
-def measured(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Measured:
-    return measure_all(RUNS, WIDE_RUNS, reference, tmp_path_factory, EVERY, LIMIT_S)
+def measured(reference: Path) -> Measured:
+    return measure_all(RUNS, WIDE_RUNS, reference, EVERY, LIMIT_S)
 
 
 def measure_all(
     runs: list[Run],
     wide_runs: list[Run],
     reference: Path,
-    tmp_path_factory: pytest.TempPathFactory,
     every: dict[int, int],
     limit_s: float,
 ) -> Measured:
@@ -78,8 +75,7 @@ def measure_all(
     wide: dict[Run, Wide] = {}
     for world in WORLDS:
         own, own_wide = ([run for run in each if run[1].world == world] for each in (runs, wide_runs))
-        folder = tmp_path_factory.mktemp("ranks")
-        ranks = run_ranks(measure, world, folder, own, own_wide, reference, every[world], limit_s=limit_s)
+        ranks = run_ranks(measure, world, own, own_wide, reference, every[world], limit_s=limit_s)
         for run, each in zip(own, zip(*(narrow for narrow, _ in ranks), strict=True), strict=True):
             found[run] = over_ranks([single for single, _ in each], [free for _, free in each])
         for run, each in zip(own_wide, zip(*(one for _, one in ranks), strict=True), strict=True):
@@ -132,8 +128,8 @@ def test_full_product(tmp_path_factory):
     runs = full_product()
     cases = list(dict.fromkeys(case for case, _ in runs))
     file = tmp_path_factory.mktemp("reference") / "references.pt"
-    run_ranks(references, 1, tmp_path_factory.mktemp("ranks"), cases, [], file, limit_s=7200.0)
-    measured, _ = measure_all(runs, [], file, tmp_path_factory, dict.fromkeys(WORLDS, 1), 4 * 7200.0)
+    run_ranks(references, 1, cases, [], file, limit_s=7200.0)
+    measured, _ = measure_all(runs, [], file, dict.fromkeys(WORLDS, 1), 4 * 7200.0)
     logger = logging.getLogger(__name__)
     logger.info("%d trainings in %d layouts", len(cases), len(LAYOUTS))
     logger.info("layout: worst loss (a), worst gradient (a), loss (c) of the first 3 steps, first changed choice")

@@ -70,9 +70,9 @@ def _go_on(data: Path, runs: Path, world: int) -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     data = write_quadrants(tmp_path_factory.mktemp("data") / "quadrants.npz")
-    run_ranks(_save_and_go_on, 4, tmp_path_factory.mktemp("ranks"), data, folder)
+    run_ranks(_save_and_go_on, 4, data, folder)
     for world in (1, 2):
-        run_ranks(_go_on, world, tmp_path_factory.mktemp("ranks"), data, folder, world)
+        run_ranks(_go_on, world, data, folder, world)
     return folder
 
 

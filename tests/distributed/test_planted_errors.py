@@ -116,8 +116,8 @@ def _check_plants(file: Path) -> dict[str, Any]:
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """The promises that are not kept, by what is planted."""
     file = tmp_path_factory.mktemp("reference") / "references.pt"
-    run_ranks(references, 1, tmp_path_factory.mktemp("ranks"), [CASE], [], file)
-    ranks = run_ranks(_check_plants, LAYOUT.world, tmp_path_factory.mktemp("ranks"), file)
+    run_ranks(references, 1, [CASE], [], file)
+    ranks = run_ranks(_check_plants, LAYOUT.world, file)
     return {
         name: failures(*over_ranks([each[name][0] for each in ranks], [each[name][1] for each in ranks]))
         for name in PLANTS

@@ -65,7 +65,7 @@ def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run
 def test_several_processes_write_what_one_writes(
     world_size: int, data: Path, alone: dict[str, RunFolder], tmp_path: Path
 ):
-    summaries = run_ranks(_check_runs, world_size, tmp_path, data, tmp_path)
+    summaries = run_ranks(_check_runs, world_size, data, tmp_path)
     assert summaries == [summaries[0]] * world_size, "ranks think differently of a run"
     for name, one in alone.items():
         folder = RunFolder(tmp_path / name)

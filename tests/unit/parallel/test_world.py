@@ -1,8 +1,10 @@
 """What launchers' variables say."""
 
 import pytest
+import torch
 
 from distmoe.contracts import UserError
+from distmoe.parallel.runtime import choose_device
 from distmoe.parallel.world import World
 
 STORE = {"MASTER_ADDR": "host0", "MASTER_PORT": "29500"}
@@ -61,3 +63,27 @@ def test_nobody_serves_the_store(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MASTER_PORT", "1")  # a port that takes a privilege nobody has asked for
     with pytest.raises(UserError, match=r"rank 3: nobody answers at MASTER_ADDR \(127\.0\.0\.1\), MASTER_PORT \(1\)"):
         World(rank=3, size=4).open_store(limit_s=0.2)
+
+
+@pytest.mark.parametrize(
+    ("visible", "num_gpus", "device"),
+    [
+        (None, 2, "cuda:1"),
+        ("4,5", 2, "cuda:1"),
+        ("5", 1, "cuda:0"),  # each process sees its own
+        ("", 0, "cpu"),
+        (None, 1, "2 processes on this host, but 1 GPUs"),
+        ("4,5,6", 3, "cuda:1"),
+    ],
+)
+def test_device_of_a_rank(visible: str | None, num_gpus: int, device: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    try:
+        found = str(choose_device(World(rank=3, size=4, local_rank=1, ranks_per_host=2)))
+    except UserError as error:
+        found = str(error).partition(":")[0]
+    assert found == device
