@@ -64,7 +64,7 @@ class ParallelSection(Section):
     """What DeepSpeed's ZeRO spreads over processes: 0 nothing, 1 optimizer state, 2 gradients as well."""
     checked_exchanges: bool = False
     """Compare shapes and counts over ranks before each exchange: slower, for finding out why ranks do not agree."""
-    overlap: Literal["auto", "none", "shared"] = "auto"
-    """What runs while tokens travel: nothing, or the shared expert; ``auto``: the shared expert on GPUs only."""
+    overlap: Literal["none", "shared"] = "none"
+    """What runs while tokens travel: nothing, or the shared expert, which on a CPU was measured to be no faster."""
     timeout_s: PositiveFloat = 300.0
     """Seconds after which a process that waits for another gives up."""

@@ -31,7 +31,7 @@ from distmoe.moe.dispatch import (
 )
 from distmoe.parallel.collectives import Communicator, Communicators, SumReducer
 
-Overlap = Literal["auto", "none", "shared"]
+Overlap = Literal["none", "shared"]
 """What runs while tokens travel."""
 
 
@@ -78,14 +78,14 @@ class AllToAllDispatcher:
         num_experts: E.
         group: The ranks that share one copy of the experts.
         overlap: Whether ``meanwhile`` is called while the rows travel to the experts (``shared``) or not at all
-            (``none``); ``auto``: on a GPU, where they travel beside its work. On a CPU the same cores do both, and it
-            was measured not to be faster. What autograd does for ``meanwhile`` runs while gradients travel back.
+            (``none``). What autograd does for ``meanwhile`` then runs while gradients travel back. On a CPU, where the
+            same cores do both, it was measured to be no faster.
 
     Raises:
         ValueError: E is not a multiple of the group's size.
     """
 
-    def __init__(self, num_experts: int, group: Communicator, overlap: Overlap = "auto") -> None:
+    def __init__(self, num_experts: int, group: Communicator, overlap: Overlap = "none") -> None:
         if num_experts % group.size:
             raise ValueError(f"{num_experts} experts cannot be spread evenly over {group.size} ranks")
         self.num_experts = num_experts
@@ -98,8 +98,7 @@ class AllToAllDispatcher:
     ) -> tuple[Tensor, Tensor, AllToAllPlan]:
         """See the protocol; the rows of an expert are in the order of their source ranks, then of tokens."""
         plan, rows_per_expert_L = self._plan(len(x_T), row_ids_A, expert_ids_A)
-        if self.overlap == "none" or (self.overlap == "auto" and not x_T.is_cuda):
-            meanwhile = None
+        meanwhile = meanwhile if self.overlap == "shared" else None
         x_V = self.group.exchange(plan.sent.take(x_T), plan.pairs_out, plan.pairs_in, meanwhile)
         return plan.received.take(x_V), rows_per_expert_L, plan
 
@@ -186,7 +185,7 @@ class AllToAllDispatcher:
         return assigned_NE.unflatten(1, (self.group.size, self.num_local)), pairs_NN
 
 
-def expert_placement(communicators: Communicators, overlap: Overlap = "auto") -> Placement:
+def expert_placement(communicators: Communicators, overlap: Overlap = "none") -> Placement:
     """Experts spread over the expert-parallel ranks, for :func:`distmoe.models.build_model` and mixture layers.
 
     Args:
