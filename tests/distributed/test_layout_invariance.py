@@ -34,9 +34,9 @@ from tests.distributed.ranks import run_ranks
 pytestmark = pytest.mark.distributed
 
 LIMIT_S = 900.0
-# Measure (a) of every so-manieth state, by world size; of every state in the full product. An engine in one process
-# does what the reference does; the steps of four processes on few cores take longest.
-EVERY = {1: 5, 2: 1, 4: 3}
+# Measure (a) of every so-manieth state, by world size; of every state in the tables. An engine in one process does what
+# the reference does; the steps of four processes on few cores take longest.
+EVERY = {1: 10, 2: 2, 4: 5}
 ROWS = covering_rows()
 RUNS = [(row.case, layout) for row in ROWS for layout in row.layouts]
 WIDE_CASES = list({row.case.gate: row.case for row in reversed(ROWS)}.values())  # the first of each gate
@@ -123,9 +123,10 @@ def full_product() -> list[Run]:
 
 
 @pytest.mark.slow
-def test_full_product(tmp_path_factory):
-    """Writes its table to the log: ``pytest -m slow --log-cli-level=INFO -k full_product``."""
-    runs = full_product()
+@pytest.mark.parametrize("runs_of", [lambda: RUNS, full_product], ids=["covering_set", "full_product"])
+def test_table(runs_of, tmp_path_factory):
+    """At every state; writes a table to the log: ``pytest -m slow --log-cli-level=INFO -k covering_set``."""
+    runs = runs_of()
     cases = list(dict.fromkeys(case for case, _ in runs))
     file = tmp_path_factory.mktemp("reference") / "references.pt"
     run_ranks(references, 1, cases, [], file, limit_s=7200.0)
