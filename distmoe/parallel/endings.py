@@ -84,7 +84,8 @@ def deaf_to_sigterm() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        if previous is not None:  # None: it was not set from Python, and cannot be put back
+            signal.signal(signal.SIGTERM, previous)
 
 
 _EXCHANGE = re.compile(r"gloo|closed by peer|reset by peer|Timed out waiting|NCCL|Broken pipe", re.IGNORECASE)

@@ -263,7 +263,7 @@ class Heartbeat:
 
     def _await_acknowledgements(self, ending: Ending) -> None:
         others = [rank for rank in range(self.world_size) if rank != self.rank and rank not in ending.lost]
-        while not self._store.check([f"told/{rank}" for rank in others]):
+        while others and not self._store.check([f"told/{rank}" for rank in others]):
             time.sleep(BEAT_S / 10)
         self._store.set("all told", "1")
 
@@ -287,16 +287,12 @@ class Heartbeat:
     def _beat_until_stopped(self) -> None:
         seen: float | None = None
         while not self._stop.is_set():
+            asked = time.monotonic()
             try:
-                self._beats += 1
-                sign = Sign(self._beats, self._place, time.time(), socket.gethostname(), self._alone)
-                self._thread_store.set(sign_key(self.rank), json.dumps(asdict(sign)))
-                self.ending = self.ending or self._read(self._thread_store)
-                if self._joined and self.ending is None and not self._leaving.is_set():
-                    self._watch_next(self._thread_store)
+                _bounded(self._beat, self._limit_s + BEAT_S)
                 self._unreachable_since = None
-            except RuntimeError:
-                self._unreachable_since = self._unreachable_since or time.monotonic()
+            except _NoAnswerError:
+                self._unreachable_since = self._unreachable_since or asked
             now = time.monotonic()
             if self.ending is not None:
                 seen = seen or now
@@ -304,6 +300,16 @@ class Heartbeat:
             elif self._unreachable_since is not None and now - self._unreachable_since > self._limit_s:
                 self._end_process(LostRanksError(_STORE_GONE))
             self._stop.wait(BEAT_S if self._joined and seen is None else BEAT_S / 10)
+
+    def _beat(self) -> bool:
+        """One sign of life, and a look at what others have left in the store. True, for :func:`_bounded`."""
+        self._beats += 1
+        sign = Sign(self._beats, self._place, time.time(), socket.gethostname(), self._alone)
+        self._thread_store.set(sign_key(self.rank), json.dumps(asdict(sign)))
+        self.ending = self.ending or self._read(self._thread_store)
+        if self._joined and self.ending is None and not self._leaving.is_set():
+            self._watch_next(self._thread_store)
+        return True
 
     def _watch_next(self, store: Any) -> None:
         """Writes the ending where the next rank gives no signs of life: nobody else may notice."""

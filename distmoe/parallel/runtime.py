@@ -215,9 +215,7 @@ def choose_device(world: World) -> torch.device:
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    if torch.cuda.device_count() == 1 and os.environ.get(
-        "CUDA_VISIBLE_DEVICES"
-    ):  # the launcher's choice, for each rank
+    if torch.cuda.device_count() == 1 and os.environ.get("CUDA_VISIBLE_DEVICES"):  # each process sees its own
         return torch.device("cuda", 0)
     if world.ranks_per_host > torch.cuda.device_count():
         raise UserError(

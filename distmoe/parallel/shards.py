@@ -6,6 +6,7 @@ neighbours, and what ZeRO leaves of a parameter on a rank is a range by construc
 write ranges, read ranges.
 """
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,6 +21,9 @@ WEIGHT = "weight"
 BUFFER = "buffer"
 AVERAGE = "average"
 MOMENT = "moment:"  # followed by the optimizer's own name: moment:exp_avg
+
+LEAST_SHARED_BYTES = 2**20
+"""From this size on, those who hold the same tensor write a part of it each; it pays for one more thing to find."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +102,21 @@ def expert_parameters(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for part in module.modules() if isinstance(part, Experts) for parameter in part.parameters()]
 
 
-def share_of(length: int, part: int, parts: int) -> range:
-    """The elements that one of several holders of the same ``length`` elements writes; together, each once."""
-    return range(length * part // parts, length * (part + 1) // parts)
+def share_of(what: str, values: Tensor, part: int, parts: int) -> range:
+    """The elements that one of several holders of the same tensor writes; together, each once.
+
+    Small tensors are left whole, for one holder each.
+
+    Args:
+        what: Keys whose turn it is to write a small one.
+        values: The tensor.
+        part: This holder.
+        parts: Number of holders.
+    """
+    length = values.numel()
+    if values.nbytes >= LEAST_SHARED_BYTES:
+        return range(length * part // parts, length * (part + 1) // parts)
+    return range(length) if zlib.crc32(what.encode()) % parts == part else range(0)
 
 
 def owned_piece(kind: str, name: str, extent: Extent, mesh: Mesh, values: Tensor | None = None) -> Piece | None:
@@ -116,12 +132,15 @@ def owned_piece(kind: str, name: str, extent: Extent, mesh: Mesh, values: Tensor
     """
     values = extent.tensor.detach() if values is None else values.detach()
     holders, number = (mesh.num_replicas, mesh.replica) if extent.of_expert else (mesh.world_size, mesh.rank)
+    shape, start = extent.shape, extent.start
     if values.dim() == 0 and extent.tensor.dim() > 0:  # one number for the tensor, from whoever holds its beginning
-        return Piece(kind, name, values.shape, 0, values.reshape(1)) if extent.start == 0 and number == 0 else None
-    own = share_of(values.numel(), number, holders)
-    if len(own) == 0 and (extent.shape.numel() > 0 or number > 0):  # a tensor without elements has a name all the same
+        shape = values.shape
+        if start > 0:
+            return None
+    own = share_of(f"{kind} {name}", values, number, holders)
+    if len(own) == 0 and (shape.numel() > 0 or number > 0):  # a tensor without elements has a name all the same
         return None
-    return Piece(kind, name, extent.shape, extent.start + own.start, values.reshape(-1)[own.start : own.stop])
+    return Piece(kind, name, shape, start + own.start, values.reshape(-1)[own.start : own.stop])
 
 
 def owned_pieces(kind: str, extents: dict[str, Extent], mesh: Mesh) -> Iterator[Piece]:

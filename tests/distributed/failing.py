@@ -21,6 +21,7 @@ from distmoe.data.loaders.resident import ResidentLoader
 from distmoe.models.convnet import ConvNet
 from distmoe.parallel.endings import say
 from distmoe.parallel.engines.replicas import ReplicasEngine
+from distmoe.parallel.heartbeat import BEAT_S
 from distmoe.parallel.runtime import Interrupted, set_up_logging
 from distmoe.parallel.world import World
 from distmoe.train import train
@@ -140,6 +141,16 @@ def _signals(number: int, note: Fault) -> Fault:
     return fault
 
 
+def _stops_at_work(note: Fault) -> Fault:
+    """Once its signs of life have told the others that it works alone, and that they are to wait."""
+
+    def fault() -> None:
+        time.sleep(2 * BEAT_S)
+        _signals(signal.SIGSTOP, note)()
+
+    return fault
+
+
 def _in_batch(note: Fault) -> None:
     real = ResidentLoader.batches
 
@@ -163,7 +174,7 @@ FAULTS: dict[str, Callable[[Fault], None]] = {
     "defect in metrics": lambda note: _in_call(MetricsFile, "write", STEP, _raises(KeyError("planted"), note)),
     "killed": lambda note: _in_call(ConvNet, "forward", STEP + 1, _signals(signal.SIGKILL, note)),
     "stopped": lambda note: _in_call(ConvNet, "forward", STEP + 1, _signals(signal.SIGSTOP, note)),
-    "stopped saving": lambda note: _in_call(checkpoint, "write_pieces", 1, _signals(signal.SIGSTOP, note)),
+    "stopped saving": lambda note: _in_call(checkpoint, "write_pieces", 1, _stops_at_work(note)),
     "interrupted": lambda note: _in_call(ConvNet, "forward", STEP + 1, _signals(signal.SIGINT, note)),
     "interrupted early": lambda note: _in_call(checkpoint.CheckpointFolder, "newest", 1, _signals(signal.SIGINT, note)),
     "not there": lambda note: _raises(SystemExit(0), note)(),

@@ -35,7 +35,7 @@ from distmoe.parallel.shards import (
     owned_pieces,
     parameter_extents,
 )
-from distmoe.training import checkpoint, loading, tensor_files
+from distmoe.training import integrity, loading, tensor_files
 from distmoe.training.checkpoint import Checkpoint, CheckpointFolder, Progress, TrainingState, load_checkpoint
 from distmoe.training.ema import WeightAverage
 from distmoe.training.loading import export_model, start_from
@@ -274,6 +274,13 @@ def check_faults(folder: Path) -> dict[str, Any]:
         (elsewhere.root / ".writing-step-6").mkdir(parents=True)
     results["not seen by rank 0"] = (save(6, elsewhere), left())
 
+    found = checkpoints.newest(control=control)
+    assert found is not None
+    astray = CheckpointFolder(elsewhere.root, 10) if rank == 3 else checkpoints
+    results["unseen by a rank"] = (attempt(lambda: astray.newest(set_aside=True, control=control)), left())
+    lost = PieceFiles(elsewhere.root, found.tensors._index, rank)
+    results["unseen later"] = attempt(lambda: Rank(mesh).load(lost) if rank == 2 else None)
+
     if rank == 0:
         damage(checkpoints.path(5) / "tensors-00003-of-00004.safetensors", lambda content: content[:-1])
         damage(checkpoints.path(4) / "tensors-00004-of-00004.safetensors", lambda content: content[:-1] + b"\xff")
@@ -302,13 +309,13 @@ def step_of(found: Checkpoint | None) -> int | None:
 
 def record_verified() -> list[str]:
     names: list[str] = []
-    original = checkpoint._checksum
+    original = integrity.checksum_of
 
-    def checksum(path: Path) -> str:
+    def checksum_of(path: Path) -> str:
         names.append(path.name)
         return original(path)
 
-    checkpoint._checksum = checksum
+    integrity.checksum_of = checksum_of
     return names
 
 
@@ -461,6 +468,16 @@ def test_what_one_rank_cannot_write_is_one_message_on_all_and_nothing_is_left(fa
     (message,) = {result[case][0] for result in faults}
     assert re.search(REFUSED_SAVES[case], message)
     assert [result[case][1] for result in faults] == [[f"step-{step}" for step in range(1, 6)]] * 4
+
+
+def test_files_that_one_rank_does_not_see_are_no_damage_and_nothing_is_renamed(faults):
+    (message,) = {result["unseen by a rank"][0] for result in faults}
+    file = "tensors-00004-of-00004.safetensors"
+    assert re.search(f"step-5: rank 3 on host .* does not see {file}: run.dir must be on storage that all", message)
+    assert [result["unseen by a rank"][1] for result in faults] == [[f"step-{step}" for step in range(1, 6)]] * 4
+    later = [result["unseen later"] for result in faults]
+    assert re.search("rank 2 on host .* does not see tensors-0000.-of-00004.safetensors: run.dir must", later.pop(2))
+    assert later == ["went well"] * 3
 
 
 def test_damaged_checkpoints_are_passed_over_by_all_ranks_together(faults):

@@ -19,7 +19,7 @@ from distmoe.parallel.endings import LostRanksError, PeerFailureError
 from distmoe.parallel.heartbeat import Heartbeat
 from distmoe.parallel.joining import join_run
 from distmoe.parallel.world import World
-from distmoe.training.checkpoint import DamagedCheckpointError
+from distmoe.training.integrity import DamagedCheckpointError
 from tests.distributed.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed

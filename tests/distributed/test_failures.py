@@ -121,8 +121,8 @@ def test_rank_that_never_comes_is_named(data: Path, tmp_path: Path):
     outcome = run_with_fault(3, tmp_path, data, (1, "not there"), *OVERRIDES, "parallel.timeout_s=2")
     assert outcome.codes == [2, 0, 2], outcome.log
     assert the_error(outcome) == (
-        "distmoe: error: only 2 of 3 processes have joined within 2 s; rank 1 has not come: start all of them, or set "
-        "parallel.timeout_s to wait longer"
+        "distmoe: error: only 2 of 3 processes have joined within 2 s; rank 1 has not come: start all of them, each "
+        "with a RANK of its own, or set parallel.timeout_s to wait longer"
     )
 
 
