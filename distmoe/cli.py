@@ -43,6 +43,7 @@ _MODULES = {
     "bench_scaling": "distmoe.bench.scaling",
     "calibration": "distmoe.bench.calibration",
     "devices": "distmoe.training.devices",
+    "forecast": "distmoe.training.forecast",
 }
 
 _STARTED_BY_LAUNCHER = {"RANK", "SLURM_PROCID"}
@@ -134,8 +135,15 @@ def report(
 def plan(
     config: Config,
     overrides: Overrides = None,
-    device: Annotated[str, typer.Option(help="Hardware to predict for: h100 or a100.")] = "h100",
-    measure: Annotated[bool, typer.Option("--measure", help="Predict for the CPUs of this machine instead.")] = False,
+    device: Annotated[str | None, typer.Option(help="Hardware to predict for: h100 or a100.  [h100]")] = None,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure",
+            help="Predict for the CPUs of this machine instead. Starts --per-host processes on it, or --world if that "
+            "is less: 8 by default.",
+        ),
+    ] = False,
     world: Annotated[int, typer.Option(min=1, max=65536, help="Number of processes to predict for.")] = 8,
     per_host: Annotated[int, typer.Option(min=1, max=64, help="Of these, on one host.")] = 8,
 ) -> None:
@@ -144,11 +152,14 @@ def plan(
     Data, steps, parameters, work of an image, without training. And what a step would take on hypothetical hardware, in
     time and memory, for each expert-parallel size, with the size to take.
     """
+    if measure and device is not None:
+        raise UserError(f"--device ({device}) and --measure exclude each other: leave one of them away")
+    _load("forecast").check_world(world, per_host)
     run_config = _config(config, overrides)
     if measure:
         machine = _load("calibration").measure_machine(min(world, per_host))
     else:
-        machine = _load("devices").machine_of(device, run_config.train.precision)
+        machine = _load("devices").machine_of(device or "h100", run_config.train.precision)
     _show(_load("evaluate").describe_plan(run_config, machine, world, per_host))
 
 
@@ -163,19 +174,22 @@ def doctor(
 ) -> None:
     """Look at this machine and at the layout of a run.
 
-    Versions, devices and tools; of a run, which rank has which device and experts, and what keeps it from running (exit
+    Versions and devices; of a run, which rank has which device and experts, and what keeps it from running (exit
     code 2). After a launcher's name, the ranks it has started.
     """
-    worlds = _load("world")
+    if world is not None and config is None:
+        raise UserError(f"--world ({world}) imagines processes of a run: give its YAML file, or leave --world away")
+    if per_host is not None and world is None:
+        raise UserError(f"--per-host ({per_host}) is for --world: give the number of processes to imagine as well")
     if config is None:
         _show(_load("doctor").look_at_machine().text)
         return
-    per_host = per_host or world
-    if world is not None and (per_host is None or world % per_host):
-        raise UserError(
-            f"--world ({world}) must be a multiple of --per-host ({per_host}): every host has as many processes"
-        )
-    there = worlds.World.of_environment() if world is None else worlds.World(0, world, 0, per_host)
+    worlds = _load("world")
+    there = worlds.World.of_environment()
+    if world is not None:
+        per_host = min(per_host or world, world)
+        _load("forecast").check_world(world, per_host)
+        there = worlds.World(0, world, 0, per_host)
     findings = _load("doctor").look_at_layout(_config(config, overrides), there, imagined=world is not None)
     _show(findings.text)
     if findings.problems:
@@ -249,9 +263,6 @@ def bench_scaling(
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Runs a command; see :func:`end_with`."""
-    if _STARTED_BY_LAUNCHER & os.environ.keys():
-        # Where a rank is gone, torch would print a stack trace for each connection to it.
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     end_with(lambda: app(arguments, standalone_mode=True))
 
 

@@ -1,8 +1,6 @@
 """Looking at the machine and at the layout of a run, without running it: what is there, who is where, what is wrong."""
 
-import importlib.metadata
 import platform
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -15,9 +13,7 @@ from distmoe.parallel.engines import choose_engine
 from distmoe.parallel.mesh import Mesh
 from distmoe.parallel.runtime import available_cpus, check_layout, check_precision, choose_device, open_runtime
 from distmoe.parallel.world import World
-
-_PACKAGES = ("distmoe", "torch", "torchvision", "accelerate", "deepspeed", "ffcv", "numpy")
-_MISSING = "not installed"
+from distmoe.training.versions import package_versions
 
 Result = TypeVar("Result")
 
@@ -41,16 +37,14 @@ class Findings:
 
 
 def look_at_machine() -> Findings:
-    """Versions, devices and tools of this host."""
+    """Versions and devices of this host."""
     rows = [("python", platform.python_version())]
-    rows += [(package, _version(package)) for package in _PACKAGES]
+    rows += [(package, version or "not installed") for package, version in package_versions().items()]
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     rows += [
         ("host", platform.node()),
         ("CPUs", f"{available_cpus()} for this process"),
         ("GPUs", ", ".join(gpus) or "none"),
-        ("C++ compiler", shutil.which("c++") or shutil.which("g++") or "not found"),
-        ("ninja", shutil.which("ninja") or "not found"),
     ]
     return Findings(_table(rows))
 
@@ -128,28 +122,16 @@ def _layout(
 
 
 def _check_packages(config: RunConfig, engine: str | None, problems: list[str]) -> None:
-    if config.data.loader == "ffcv" and _version("ffcv") == _MISSING:
+    installed = package_versions()
+    if config.data.loader == "ffcv" and installed["ffcv"] is None:
         problems.append(
             "data.loader is ffcv, which is not installed: run `bash launch/setup.sh`, or set data.loader=resident"
         )
-    if engine != "deepspeed":
-        return
-    if _version("deepspeed") == _MISSING:
+    if engine == "deepspeed" and installed["deepspeed"] is None:
         problems.append(
             "the engine is deepspeed, which is not installed: run pip install 'distmoe[deepspeed]', or set "
             "parallel.expert_parallel_size=1 and parallel.zero_stage=0"
         )
-    elif not torch.cuda.is_available():
-        for tool, found in (("a C++ compiler", shutil.which("c++")), ("ninja", shutil.which("ninja"))):
-            if found is None:
-                problems.append(f"DeepSpeed compiles a part of itself on a CPU, but {tool} is not on PATH: install it")
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return _MISSING
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -9,7 +9,7 @@ from distmoe.models import build_model
 from distmoe.parallel.runtime import open_runtime, told_once
 from distmoe.training.cost_model import Machine
 from distmoe.training.evaluation import Evaluation
-from distmoe.training.forecast import check_world, forecast, format_forecast, training_of
+from distmoe.training.forecast import forecast, format_forecast, training_of
 from distmoe.training.run_folder import RunFolder, write_json
 from distmoe.training.session import open_session
 from distmoe.training.workload import measure_workload
@@ -73,7 +73,6 @@ def describe_plan(config: RunConfig, machine: Machine, world_size: int, ranks_pe
         UserError: It would be refused.
     """
     config.check_trainable()
-    check_world(world_size, ranks_per_host)
     with open_runtime(config) as runtime, open_session(config, runtime) as session:
         # Another copy of the model: all experts, and without the autocast that the engine adds.
         workload = measure_workload(build_model(config, session.data.spec), session.data.spec)

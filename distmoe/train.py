@@ -1,11 +1,10 @@
 """The main flow: config -> runtime -> data -> model -> engine -> fit -> test."""
 
 import dataclasses
-import importlib.metadata
 import logging
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 from distmoe.config import RunConfig
 from distmoe.contracts import UserError
 from distmoe.parallel.control import Control
-from distmoe.parallel.engines import choose_engine
 from distmoe.parallel.runtime import Interrupted, open_runtime, process_start_time
 from distmoe.parallel.world import World
 from distmoe.training.checkpoint import Best, CheckpointFolder, Progress
@@ -26,10 +24,9 @@ from distmoe.training.run_folder import RunFolder, write_json
 from distmoe.training.session import Session, open_session
 from distmoe.training.step import MicroBatch, StepResult, train_step
 from distmoe.training.tensorboard import TensorBoardLog
+from distmoe.training.versions import package_versions
 
 logger = logging.getLogger(__name__)
-
-PACKAGES = ("distmoe", "torch", "torchvision", "accelerate", "ffcv", "deepspeed", "numpy")
 
 
 @dataclass(frozen=True)
@@ -113,6 +110,9 @@ def _start(session: Session, folder: RunFolder, checkpoints: CheckpointFolder, r
         session.restore(checkpoint)
         session.interval.keep_on_main(session.runtime.rank)
         logger.info("resuming %s from step %d of %d", folder.path, session.progress.step, session.total_steps)
+        before = checkpoint.state.layout
+        if before and before != session.layout:
+            logger.info("resumed in another layout: %s; was %s", _named(session.layout), _named(before))
         return
     if resume:
         logger.info("no whole checkpoint in %s: starting at step 0", checkpoints.root)
@@ -247,14 +247,14 @@ def _log(session: Session, outputs: Outputs) -> None:
     config, interval, reducer, step = session.config, session.interval, session.engine.reducer, session.progress.step
     weights = config.moe.loss_weights.model_dump() if config.moe else {}
     rates = session.clock.rates_since_last()
+    described, loads = interval.describe(weights, reducer)
     numbers = {
         "step": step,
         "epoch": session.progress.epoch,
-        **interval.describe(weights, reducer),
+        **described,
         "lr": session.engine.learning_rate(),
         **_of_slowest(session, rates),
     }
-    loads = interval.expert_loads(reducer)
 
     def write(files: Files) -> None:
         files.metrics.write(numbers)
@@ -354,6 +354,7 @@ def _summary(session: Session) -> dict[str, Any]:
     """What is known before the test; of times, those of the slowest rank. Collective."""
     times = [session.clock.train_s(), session.clock.first_step_s or 0.0]
     train_s, first_step_s = session.runtime.control.largest(times)
+    versions = {package: version for package, version in package_versions().items() if version is not None}
     return {
         "best_validation_accuracy": session.best.accuracy if session.best else None,
         "train_seconds": train_s,
@@ -362,34 +363,24 @@ def _summary(session: Session) -> dict[str, Any]:
         **dataclasses.asdict(session.cost),
         "steps": session.progress.step,
         "seed": session.config.seed,
-        "world_size": session.runtime.world_size,
-        "expert_parallel_size": session.runtime.expert_parallel_size,
-        "engine": choose_engine(session.config, session.runtime.mesh),
-        "zero_stage": session.config.parallel.zero_stage,
+        **session.layout,
         "num_threads": session.runtime.num_threads,
         "device": str(session.runtime.device),
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **versions},
     }
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+def _named(layout: Mapping[str, Any]) -> str:
+    processes = "1 process" if layout["world_size"] == 1 else f"{layout['world_size']} processes"
+    return "{}, engine {engine}, expert-parallel size {expert_parallel_size}, ZeRO stage {zero_stage}".format(
+        processes, **layout
+    )
 
 
 def _log_start(session: Session, folder: RunFolder) -> None:
     config, spec, cost = session.config, session.data.spec, session.cost
-    mesh = session.runtime.mesh
-    if mesh.world_size > 1:
-        logger.info(
-            "%d processes, engine %s, expert-parallel size %d, ZeRO stage %d",
-            mesh.world_size, choose_engine(config, mesh), mesh.expert_parallel_size, config.parallel.zero_stage,
-        )  # fmt: skip
+    if session.runtime.world_size > 1:
+        logger.info("%s", _named(session.layout))
     logger.info(
         "%s: %s on %s, %s parameters (%s active), %d steps, %s, %s, %d threads",
         folder.path, config.model.name, spec.name, f"{cost.num_parameters:,}", f"{cost.num_active_parameters:,}",

@@ -22,11 +22,12 @@ from distmoe.bench.calibration import Probe
 from distmoe.bench.estimate import MIN_ROUNDS, estimate
 from distmoe.bench.layer_candidates import Problem
 from distmoe.bench.memory import peak_bytes
-from distmoe.bench.scaling_candidates import Candidate, Point, Watch, build_problem, our_layer, reduce_gradients
+from distmoe.bench.scaling_candidates import Candidate, Point, Watch, build_problem, our_layer
 from distmoe.bench.scaling_table import DEEPSPEED, OURS, Line, format_header, format_point, missed_floors
 from distmoe.contracts import UserError
 from distmoe.parallel.collectives import Communicators
 from distmoe.parallel.control import Control
+from distmoe.parallel.gradients import reduce_gradients
 from distmoe.parallel.mesh import Mesh
 from distmoe.parallel.spawn import run_on_processes
 from distmoe.training.cost_model import Layout, Machine, MixtureWork, Prediction, Training, Workload, predict
@@ -208,8 +209,7 @@ def _step(candidate: Candidate, problem: Problem, communicators: Communicators) 
     candidate.module.zero_grad()
     outputs = candidate.forward(problem.tokens)
     outputs.backward(problem.towards)
-    reduce_gradients(candidate.dense(), communicators.world)
-    reduce_gradients(candidate.experts, communicators.expert_replicas)
+    reduce_gradients(candidate.module, communicators, candidate.experts)
     return outputs.detach()
 
 

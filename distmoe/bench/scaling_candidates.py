@@ -13,7 +13,7 @@ from distmoe.moe.experts import MLPExperts
 from distmoe.moe.gates.topk import TopKGate
 from distmoe.moe.grouped import Weights
 from distmoe.moe.layer import MoELayer
-from distmoe.parallel.collectives import Communicator, Communicators
+from distmoe.parallel.collectives import Communicators
 from distmoe.parallel.expert_parallel import expert_placement
 from distmoe.parallel.mesh import Mesh
 from distmoe.parallel.shards import expert_parameters
@@ -120,11 +120,6 @@ class Candidate:
     gate: Tensor
     watch: Watch
 
-    def dense(self) -> list[nn.Parameter]:
-        """The parameters that all ranks hold."""
-        experts = set(self.experts)
-        return [parameter for parameter in self.module.parameters() if parameter not in experts]
-
 
 def build_problem(point: Point, mesh: Mesh) -> Problem:
     """This rank's tokens, other ones on each rank, and its experts' weights, the same on all their replicas."""
@@ -179,16 +174,6 @@ def our_layer(problem: Problem, mesh: Mesh, watch: Watch) -> Candidate:
         gate_weight,
         watch,
     )
-
-
-def reduce_gradients(parameters: list[nn.Parameter], group: Communicator) -> None:
-    """Sums gradients over the ranks that hold the same parameters, as one flat buffer. Collective."""
-    if group.size == 1:
-        return
-    gradients = [_gradient(parameter) for parameter in parameters]
-    flat = group.sum_(torch.cat([gradient.reshape(-1) for gradient in gradients]))
-    for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

@@ -1,5 +1,6 @@
 """Sums over tokens, which add over micro-batches and ranks: what losses, measures and balancers start from."""
 
+from collections.abc import Mapping
 from typing import Protocol
 
 from torch import Tensor
@@ -49,3 +50,9 @@ def add_sums(totals: Sums, more: Sums) -> None:
     """Adds ``more`` to ``totals`` in place, name by name."""
     for name, value in more.items():
         totals[name] = totals[name] + value if name in totals else value
+
+
+def reduce_together(reducer: Reducer, groups: Mapping[str, Sums]) -> dict[str, Sums]:
+    """Sums of several layers, or of whatever has a name, over all ranks. Collective: ``reducer`` is called once."""
+    reduced = reducer({f"{group}\n{name}": value for group, sums in groups.items() for name, value in sums.items()})
+    return {group: {name: reduced[f"{group}\n{name}"] for name in sums} for group, sums in groups.items()}

@@ -29,6 +29,7 @@ from distmoe.moe.dispatch import (
     expert_order,
     inverse,
 )
+from distmoe.moe.sums import Reducer, no_reduction
 from distmoe.parallel.collectives import Communicator, Communicators, SumReducer
 
 Overlap = Literal["none", "shared"]
@@ -203,7 +204,8 @@ def expert_placement(communicators: Communicators, overlap: Overlap = "none") ->
     def dispatcher(num_experts: int) -> Dispatcher:
         return LocalDispatcher(num_experts) if group.size == 1 else AllToAllDispatcher(num_experts, group, overlap)
 
-    return Placement(mesh.local_experts, dispatcher, SumReducer(communicators.world))
+    reducer: Reducer = SumReducer(communicators.world) if mesh.world_size > 1 else no_reduction
+    return Placement(mesh.local_experts, dispatcher, reducer)
 
 
 def _splits(counts_N: Tensor) -> tuple[int, ...]:

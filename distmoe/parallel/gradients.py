@@ -10,6 +10,8 @@ that share the experts, so: the sum over the replicas, divided by the world. Use
     optimizer.step()
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -18,20 +20,31 @@ from distmoe.parallel.shards import expert_parameters
 
 
 @torch.no_grad()
-def reduce_gradients(model: nn.Module, communicators: Communicators) -> None:
-    """Turns each rank's gradients into those of the global mean. Collective.
+def reduce_gradients(
+    model: nn.Module, communicators: Communicators, experts: Iterable[nn.Parameter] | None = None
+) -> None:
+    """Turns each rank's gradients into those of the global mean. Collective: once for each group and dtype.
 
     A parameter without a gradient gets zeros: on another rank it may have one.
 
     Args:
         model: Holds this rank's experts.
         communicators: Of the mesh.
+        experts: Parameters of experts that are no :class:`distmoe.moe.experts.Experts`; None: of those.
     """
-    dense, experts = _split(model)
-    for parameters, group in ((dense, communicators.world), (experts, communicators.expert_replicas)):
+    dense, of_experts = _split(model, experts)
+    for parameters, group in ((dense, communicators.world), (of_experts, communicators.expert_replicas)):
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.contiguous()
-            group.sum_(parameter.grad).div_(communicators.mesh.world_size)
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            by_dtype.setdefault(parameter.dtype, []).append(parameter.grad)
+        for gradients in by_dtype.values():
+            if group.size > 1:
+                flat = group.sum_(torch.cat([gradient.reshape(-1) for gradient in gradients]))
+                for gradient, part in zip(gradients, flat.split([one.numel() for one in gradients]), strict=True):
+                    gradient.copy_(part.view_as(gradient))
+            for gradient in gradients:
+                gradient.div_(communicators.mesh.world_size)
 
 
 @torch.no_grad()
@@ -54,11 +67,13 @@ def clip_gradients(model: nn.Module, communicators: Communicators, max_norm: flo
     return norm
 
 
-def _split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+def _split(
+    model: nn.Module, experts: Iterable[nn.Parameter] | None = None
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """The trained parameters of the dense part and of the experts."""
-    experts = dict.fromkeys(expert_parameters(model))
+    of_experts = set(expert_parameters(model) if experts is None else experts)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [one for one in trained if one not in experts], [one for one in trained if one in experts]
+    return [one for one in trained if one not in of_experts], [one for one in trained if one in of_experts]
 
 
 def _squares(parameters: list[nn.Parameter]) -> Tensor:

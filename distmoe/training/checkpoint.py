@@ -8,24 +8,21 @@ for a checkpoint.
 """
 
 import dataclasses
-import hashlib
 import json
 import logging
-import os
 import platform
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from distmoe.contracts import DataSpec, UserError
 from distmoe.parallel.control import Control
 from distmoe.parallel.shards import AVERAGE, WEIGHT, Piece
+from distmoe.training.integrity import DamagedCheckpointError, checksum_of, flush, reading, unseen, verify
 from distmoe.training.tensor_files import Index, ModelTensors, PieceFiles, as_rows, merge, piece_file, write_pieces
 
 logger = logging.getLogger(__name__)
@@ -34,10 +31,6 @@ FORMAT = 2
 _TEMPORARY = ".writing-"
 _REPLACED = ".replaced-"
 _ALWAYS = {"index.json", "state.json", "config.yaml"}
-
-
-class DamagedCheckpointError(UserError):
-    """A checkpoint is not whole: nothing of it can be trusted."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +71,7 @@ class TrainingState:
         config_yaml: The run's configuration.
         interval: Sums of the metrics line that is still to be written, if any.
         times: Of the run so far, see :class:`distmoe.training.clock.Clock`.
+        layout: In which it was saved, see :attr:`distmoe.training.session.Session.layout`; any other can go on.
     """
 
     progress: Progress
@@ -88,6 +82,17 @@ class TrainingState:
     config_yaml: str
     interval: Mapping[str, float] = field(default_factory=dict)
     times: Mapping[str, float] = field(default_factory=dict)
+    layout: Mapping[str, Any] = field(default_factory=dict)
+
+
+Needed = Callable[[TrainingState], bool]
+"""Whether the tensors of a checkpoint with this state are needed; the same on all ranks."""
+
+
+def always(state: TrainingState) -> bool:
+    """Says yes."""
+    del state
+    return True
 
 
 @dataclass(frozen=True)
@@ -156,21 +161,24 @@ class CheckpointFolder:
         names = [path.name.removeprefix("step-") for path in self.root.glob("step-*") if path.is_dir()]
         return sorted(int(name) for name in names if name.isdigit())
 
-    def newest(self, set_aside: bool = False, control: Control | None = None) -> Checkpoint | None:
+    def newest(
+        self, set_aside: bool = False, control: Control | None = None, needed: Needed = always
+    ) -> Checkpoint | None:
         """The newest whole checkpoint, the same on all ranks; None if there is none. Collective.
 
         Args:
             set_aside: Rename what is damaged, besides the warning, and put back what a crash left half-replaced.
             control: Of all ranks; None: there is one.
+            needed: See :func:`load_checkpoint`.
 
         Raises:
-            UserError: One cannot be read although it is not damaged (permissions, another format): going on from an
-                older one would throw it away.
+            UserError: One cannot be read although it is not damaged (permissions, another format, storage that not all
+                ranks share): going on from an older one would throw it away.
         """
         control = control or Control()
         for step in reversed(control.on_main(lambda: self._whole_or_not(set_aside))):
             try:
-                return load_checkpoint(self.path(step), control)
+                return load_checkpoint(self.path(step), control, needed)
             except DamagedCheckpointError as error:
                 if control.is_main:
                     logger.warning("%s; trying the one before", error)
@@ -216,7 +224,7 @@ class CheckpointFolder:
             if replaced.exists():
                 replaced.rename(target)
             raise
-        _flush(self.root)
+        flush(self.root)
         shutil.rmtree(replaced, ignore_errors=True)
 
     def _prune(self, saved: TrainingState) -> None:
@@ -227,22 +235,24 @@ class CheckpointFolder:
                 shutil.rmtree(self.path(step), ignore_errors=True)
 
 
-def load_checkpoint(folder: Path, control: Control | None = None) -> Checkpoint:
+def load_checkpoint(folder: Path, control: Control | None = None, needed: Needed = always) -> Checkpoint:
     """Opens and verifies one checkpoint folder; each rank verifies its share of the files of tensors. Collective.
 
     Args:
         folder: ``step-N``.
         control: Of all ranks; None: there is one.
+        needed: Whether its tensors are; else their files are not verified.
 
     Raises:
         DamagedCheckpointError: It is missing or damaged; the message names the file. On all ranks alike, as the other.
-        UserError: It may not be read, or is of another format.
+        UserError: It may not be read, is of another format, or some rank does not see what rank 0 sees.
     """
     control = control or Control()
     state, index, checksums = control.on_main(lambda: _read_description(folder))
-    files = sorted(checksums.keys() - _ALWAYS)[control.rank :: control.world_size]
-    control.together(lambda: _verify(folder, checksums, files))
-    return Checkpoint(state, PieceFiles(folder, index))
+    if needed(state):
+        files = sorted(checksums.keys() - _ALWAYS)[control.rank :: control.world_size]
+        control.together(lambda: verify(folder, checksums, files, control.rank))
+    return Checkpoint(state, PieceFiles(folder, index, control.rank))
 
 
 def spec_to_json(spec: DataSpec) -> dict[str, Any]:
@@ -261,10 +271,7 @@ def _write_share(target: Path, temporary: Path, pieces: Iterable[Piece], control
     where = "" if control.world_size == 1 else f" by rank {control.rank} on host {platform.node()}"
     with _writing(target, where):
         if not temporary.is_dir():
-            raise UserError(
-                f"checkpoint {target}: rank {control.rank} on host {platform.node()} does not see the folder that "
-                "rank 0 has made: run.dir must be on storage that all hosts share"
-            )
+            raise unseen(target, "the folder that rank 0 has made", control.rank)
         path = temporary / piece_file(control.rank, control.world_size)
         checksum, rows = write_pieces(path, pieces)
         note = {"host": platform.node(), "checksum": checksum, "rows": rows}
@@ -278,10 +285,7 @@ def _write_description(target: Path, folder: Path, state: TrainingState, world_s
         name = piece_file(rank, world_size)
         note_file = (folder / name).with_suffix(".json")
         if not note_file.exists():
-            raise UserError(
-                f"checkpoint {target}: host {platform.node()} does not see what rank {rank} has written: "
-                "run.dir must be on storage that all hosts share"
-            )
+            raise unseen(target, f"what rank {rank} has written", 0)
         note = json.loads(note_file.read_text())
         rows += note["rows"]
         checksums[name] = note["checksum"]
@@ -295,6 +299,7 @@ def _write_description(target: Path, folder: Path, state: TrainingState, world_s
         "spec": spec_to_json(state.spec),
         "interval": dict(state.interval),
         "times": dict(state.times),
+        "layout": dict(state.layout),
     }
     texts = {
         "index.json": json.dumps(as_rows(merge(rows))),
@@ -303,11 +308,11 @@ def _write_description(target: Path, folder: Path, state: TrainingState, world_s
     }
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
-        checksums[name] = _checksum(folder / name)
+        checksums[name] = checksum_of(folder / name)
     (folder / "checksums.json").write_text(json.dumps(checksums, indent=1))
     for name in (*texts, "checksums.json"):
-        _flush(folder / name)
-    _flush(folder)
+        flush(folder / name)
+    flush(folder)
 
 
 @contextmanager
@@ -330,45 +335,25 @@ def _renaming(root: Path) -> Iterator[None]:
         raise UserError(f"checkpoints in {root}: cannot be renamed ({error.strerror}); make it writable") from None
 
 
-@contextmanager
-def _reading(folder: Path) -> Iterator[None]:
-    """What is not there or not as it should be is damage; what may not be read is not."""
-    try:
-        yield
-    except (FileNotFoundError, NotADirectoryError) as error:
-        name = Path(error.filename or "").name or "it"
-        raise DamagedCheckpointError(f"checkpoint {folder}: {name} is missing; use another") from None
-    except OSError as error:
-        raise UserError(f"checkpoint {folder}: cannot be read ({error}); mend that, or use another") from None
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise DamagedCheckpointError(f"checkpoint {folder}: cannot be read ({error}); use another") from None
-
-
 def _read_description(folder: Path) -> tuple[TrainingState, Index, dict[str, str]]:
-    """Of a checkpoint whose small files are whole: state, index and checksums."""
-    with _reading(folder):
+    """Of a checkpoint whose small files are whole, and the others there: state, index and checksums; rank 0."""
+    with reading(folder):
         checksums = json.loads((folder / "checksums.json").read_text())
-        _verify(folder, checksums, ["state.json"])
+        verify(folder, checksums, ["state.json"])
         values = json.loads((folder / "state.json").read_text())
         if values["format"] != FORMAT:
-            raise UserError(f"checkpoint {folder}: format {values['format']}, this version reads {FORMAT}")
-        _verify(folder, checksums, _ALWAYS)
+            raise UserError(
+                f"checkpoint {folder}: format {values['format']}, this version reads {FORMAT}: go on with the version "
+                "that wrote it, or export the run with that one and start a new run with model.init_from"
+            )
+        verify(folder, checksums, _ALWAYS)
         index = merge(json.loads((folder / "index.json").read_text()))
         needed = {segment.file for stored in index.values() for segment in stored.segments}
         if unlisted := needed - checksums.keys():
             raise DamagedCheckpointError(f"checkpoint {folder}: checksums.json lacks {min(unlisted)}; use another")
+        for name in sorted(checksums):
+            (folder / name).stat()
         return _state(values, (folder / "config.yaml").read_text()), index, checksums
-
-
-def _verify(folder: Path, checksums: Mapping[str, str], names: Iterable[str]) -> None:
-    with _reading(folder):
-        for name in sorted(names):
-            if name not in checksums:
-                raise DamagedCheckpointError(f"checkpoint {folder}: checksums.json lacks {name}; use another")
-            if _checksum(folder / name) != checksums[name]:
-                raise DamagedCheckpointError(f"checkpoint {folder}: {name} is damaged (checksum differs); use another")
 
 
 def _state(values: Mapping[str, Any], config_yaml: str) -> TrainingState:
@@ -381,18 +366,5 @@ def _state(values: Mapping[str, Any], config_yaml: str) -> TrainingState:
         config_yaml=config_yaml,
         interval=values["interval"],
         times=values["times"],
+        layout=values.get("layout", {}),
     )
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """What is in the file or folder reaches the disk before anything after it does."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

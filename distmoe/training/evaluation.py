@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from distmoe.contracts import Batch, Context, DataSpec
 from distmoe.models.protocol import Model, ModelOutput
 from distmoe.moe.measures import Cells, factor_cells, measure, routing_sums, table_sums
-from distmoe.moe.sums import Reducer, Sums, add_sums
+from distmoe.moe.sums import Reducer, Sums, add_sums, reduce_together
+
+_TOTALS = "all layers"  # no layer is called so: names of modules have no spaces
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,9 @@ def evaluate(
                 add_sums(layers.setdefault(name, {}), {**routing_sums(routing), **table_sums(routing, variables)})
     finally:
         module.train(was_training)
-    totals = reducer(totals)
-    layers = {name: {key: value.cpu() for key, value in reducer(sums).items()} for name, sums in layers.items()}
+    reduced = reduce_together(reducer, {_TOTALS: totals, **layers})
+    totals = reduced.pop(_TOTALS)
+    layers = {name: {key: value.cpu() for key, value in sums.items()} for name, sums in reduced.items()}
     confusion_CC = (
         totals["confusion"].long().cpu() if totals else torch.zeros(num_classes, num_classes, dtype=torch.long)
     )

@@ -34,13 +34,16 @@ def training_of(config: RunConfig) -> Training:
 
 
 def check_world(world_size: int, ranks_per_host: int) -> None:
-    """Refuses ranks that do not fill their hosts.
+    """Refuses processes that do not fill their hosts; fewer than one host takes are on one.
 
     Raises:
-        UserError: They do not.
+        UserError: They do not; the message names the options of the command line.
     """
-    if world_size < 1 or ranks_per_host < 1 or world_size % min(ranks_per_host, world_size):
-        raise UserError(f"world {world_size}, per host {ranks_per_host}: must be 1 or more, and fill each host")
+    if world_size % min(ranks_per_host, world_size):
+        raise UserError(
+            f"--world ({world_size}) must be a multiple of --per-host ({ranks_per_host}), or smaller: every host has "
+            "as many processes; change one of the two"
+        )
 
 
 def forecast(
@@ -62,8 +65,9 @@ def format_forecast(predictions: Sequence[Prediction], training: Training, machi
     ]
     rows += [_row(prediction, training, machine) for prediction in predictions]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    where = f"{_count(layout.world_size, 'rank')} on {_count(hosts, 'host')}, {machine.name}"
     lines = [
-        f"predicted for {layout.world_size} ranks on {hosts} hosts, {machine.name}, ZeRO stage {training.zero_stage}; "
+        f"predicted for {where}, ZeRO stage {training.zero_stage}; "
         "memory a rank, weights with gradients and moments; even load, nothing overlaps",
         *("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows),
     ]
@@ -108,6 +112,10 @@ def _advice(predictions: Sequence[Prediction], machine: Machine) -> str:
             f"{chosen.step_s / fastest.step_s:.2f} times as fast; measure both"
         )
     return advice
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _ms(seconds: float) -> str:

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from distmoe.contracts import UserError
 from distmoe.moe.measures import describe_routing, routing_sums
-from distmoe.moe.sums import Reducer, add_sums, no_reduction
+from distmoe.moe.sums import Reducer, add_sums, no_reduction, reduce_together
 from distmoe.training.run_folder import write_whole
 from distmoe.training.step import StepResult
+
+_TOTALS = "all layers"  # no layer is called so: names of modules have no spaces
 
 
 class MetricsFile:
@@ -146,15 +148,23 @@ class Interval:
         """Whether every loss and gradient norm of the interval was finite on this rank. Waits for the device."""
         return self._health is None or math.isfinite(float(self._health))
 
-    def describe(self, weights: Mapping[str, float], reducer: Reducer = no_reduction) -> dict[str, float]:
-        """The numbers of a log line: means over the interval, and the last step's routing by layer. Collective.
+    def describe(
+        self, weights: Mapping[str, float], reducer: Reducer = no_reduction
+    ) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """The numbers of a log line. Collective: ``reducer`` is called once.
 
         Args:
             weights: Of the auxiliary losses, for ``loss``.
             reducer: Adds sums over ranks.
+
+        Returns:
+            Means over the interval, with the last step's routing by layer; and for each layer (E,) the share of that
+            step's assignments that each expert has.
         """
         assert self._last is not None, "nothing was added"
-        totals = reducer(self._sums)
+        own = {layer: routing_sums(routing) for layer, routing in self._last.routings.items()}
+        layers = reduce_together(reducer, {_TOTALS: self._sums, **own})
+        totals = layers.pop(_TOTALS)
         samples = float(totals["samples"])
         auxiliary = {name: float(value) / self._steps for name, value in self._auxiliary.items()}
         numbers = {
@@ -164,13 +174,7 @@ class Interval:
             "accuracy": float(totals["correct"]) / samples,
             "gradient_norm": float(self._last.gradient_norm),
         }
-        for layer, routing in self._last.routings.items():
-            sums = reducer(routing_sums(routing))
+        for layer, sums in layers.items():
             numbers |= {f"{layer}/{name}": value for name, value in describe_routing(sums).items()}
-        return numbers
-
-    def expert_loads(self, reducer: Reducer = no_reduction) -> dict[str, Tensor]:
-        """(E,) share of the last step's assignments for each layer. Collective."""
-        assert self._last is not None, "nothing was added"
-        loads = reducer({layer: one.rows_per_expert().double() for layer, one in self._last.routings.items()})
-        return {layer: (load / load.sum().clamp(min=1)).cpu() for layer, load in loads.items()}
+        assigned = {layer: sums["assignments_E"].cpu() for layer, sums in layers.items()}
+        return numbers, {layer: load / load.sum().clamp(min=1) for layer, load in assigned.items()}

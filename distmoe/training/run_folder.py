@@ -12,7 +12,8 @@ from distmoe.config import RunConfig, config_to_yaml, load_config
 from distmoe.contracts import UserError
 from distmoe.data.file_lock import file_lock
 from distmoe.parallel.control import Control
-from distmoe.training.checkpoint import Checkpoint, CheckpointFolder, DamagedCheckpointError, load_checkpoint
+from distmoe.training.checkpoint import Checkpoint, CheckpointFolder, TrainingState, load_checkpoint
+from distmoe.training.integrity import DamagedCheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -169,20 +170,25 @@ class RunFolder:
             UserError: There is no whole checkpoint, or the best one is damaged; on all ranks alike.
         """
         checkpoints = self.checkpoints()
-        newest = checkpoints.newest(control=control)
+
+        def selects_itself(state: TrainingState) -> bool:
+            return select == "last" or state.best is None or state.best.step == state.progress.step
+
+        # Of one that only tells which is the best, the tensors are not needed.
+        newest = checkpoints.newest(control=control, needed=selects_itself)
+        if newest is not None and not selects_itself(newest.state):
+            assert newest.state.best is not None, "it would select itself"
+            try:
+                return load_checkpoint(checkpoints.path(newest.state.best.step), control)
+            except DamagedCheckpointError as error:
+                if not fall_back:
+                    raise
+                if control is None or control.is_main:
+                    logger.warning("%s; taking the newest instead of the best", error)
+            newest = checkpoints.newest(control=control)
         if newest is None:
             raise UserError(f"run {self.path}: no whole checkpoint in it; train it first")
-        best = newest.state.best
-        if select == "last" or best is None or best.step == newest.state.progress.step:
-            return newest
-        try:
-            return load_checkpoint(checkpoints.path(best.step), control)
-        except DamagedCheckpointError as error:
-            if not fall_back:
-                raise
-            if control is None or control.is_main:
-                logger.warning("%s; taking the newest instead of the best", error)
-            return newest
+        return newest
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -226,6 +232,8 @@ def _warn_of_changes(before: RunConfig, now: RunConfig) -> None:
     ignored = {"run.resume", "run.dir", "run.name", "train.stop_after_steps"}
     changed = sorted(key for key in {*old, *new} - ignored if old.get(key) != new.get(key))
     for key in changed:
+        if key.startswith("parallel."):  # any layout may go on, and the log names it
+            continue
         logger.warning("resumed with another %s: %s, was %s", key, new.get(key), old.get(key))
 
 

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from distmoe.moe.groups import Group, check_groups
 from distmoe.moe.growing import FrozenExperts
 from distmoe.moe.losses import build_losses
 from distmoe.parallel.batch_norm import share_batch_statistics
-from distmoe.parallel.engines import build_engine
+from distmoe.parallel.engines import build_engine, choose_engine
 from distmoe.parallel.engines.protocol import Engine
 from distmoe.parallel.mesh import Mesh
 from distmoe.parallel.runtime import Runtime
@@ -89,6 +90,17 @@ class Session:
         """Whether all steps and the last evaluation are done."""
         return self.progress.step == self.total_steps and self.progress.evaluated
 
+    @property
+    def layout(self) -> dict[str, Any]:
+        """How the model is spread: ``world_size``, ``expert_parallel_size``, ``engine``, ``zero_stage``."""
+        mesh = self.runtime.mesh
+        return {
+            "world_size": mesh.world_size,
+            "expert_parallel_size": mesh.expert_parallel_size,
+            "engine": choose_engine(self.config, mesh),
+            "zero_stage": self.config.parallel.zero_stage,
+        }
+
     def state(self) -> TrainingState:
         """Everything a checkpoint holds besides tensors."""
         return TrainingState(
@@ -100,6 +112,7 @@ class Session:
             config_yaml=config_to_yaml(self.config),
             interval=self.interval.state(),
             times=self.clock.state(),
+            layout=self.layout,
         )
 
     def pieces(self) -> Iterator[Piece]:

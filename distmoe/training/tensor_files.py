@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from distmoe.parallel.shards import BUFFER, Piece
+from distmoe.training.integrity import unseen
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -178,10 +179,12 @@ class PieceFiles:
     Args:
         folder: That holds them.
         index: Which of them holds what.
+        rank: This one, for messages.
     """
 
-    def __init__(self, folder: Path, index: Index) -> None:
+    def __init__(self, folder: Path, index: Index, rank: int = 0) -> None:
         self._folder = folder
+        self._rank = rank
         self._index = index
         self._names: dict[str, list[str]] = {}
         for kind, name in sorted(index):
@@ -219,7 +222,10 @@ class PieceFiles:
 
     def _file(self, name: str) -> Any:
         if name not in self._open:
-            self._open[name] = safe_open(self._folder / name, framework="pt")
+            try:
+                self._open[name] = safe_open(self._folder / name, framework="pt")
+            except FileNotFoundError:
+                raise unseen(self._folder, name, self._rank) from None
         return self._open[name]
 
 

@@ -1,5 +1,6 @@
 """The layout of a run, without running it."""
 
+import importlib.metadata
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,6 @@ def test_every_problem_is_named_with_its_remedy(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("shutil.which", lambda name: None)
     bad = ("train.precision=fp16", "parallel.expert_parallel_size=4")
     code, lines = doctor(capsys, config, *bad, "--world", 4)
     assert code == 2
@@ -67,25 +67,65 @@ def test_every_problem_is_named_with_its_remedy(
         "set it to 1 or 2, or auto",
         "problem: train.precision (fp16) needs a CUDA device; on a CPU use bf16 or fp32",
     ]
-    code, lines = doctor(capsys, config, "parallel.expert_parallel_size=2", "--world", 2)
+
+
+def install_only(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
+    def version(package: str) -> str:
+        if package not in versions:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return versions[package]
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+
+
+def test_package_that_is_missing_is_a_problem_where_it_is_needed(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    install_only(monkeypatch, torch="2.8")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    asked = ("data.loader=ffcv", "parallel.expert_parallel_size=2")
+    code, lines = doctor(capsys, config, *asked, "--world", 2)
     assert code == 2
-    assert [line.partition(", but ")[2] for line in lines if line.startswith("problem: DeepSpeed compiles")] == [
-        "a C++ compiler is not on PATH: install it",
-        "ninja is not on PATH: install it",
+    assert [line.partition(", which")[0] for line in lines if line.startswith("problem:")] == [
+        "problem: data.loader is ffcv",
+        "problem: the engine is deepspeed",
     ]
+    code, lines = doctor(capsys, config, "data.loader=resident", "--world", 2, "parallel.expert_parallel_size=1")
+    assert code == 0
 
 
 def test_machine_alone_says_what_is_installed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("shutil.which", lambda name: "/bin/c++" if name == "c++" else None)
+    install_only(monkeypatch, torch="2.8", ffcv="1.2")
     code, lines = doctor(capsys)
     rows = {line[:12].strip(): line[12:].strip() for line in lines}
     assert code == 0
-    assert (rows["C++ compiler"], rows["ninja"]) == ("/bin/c++", "not found")
+    assert (rows["torch"], rows["ffcv"], rows["deepspeed"]) == ("2.8", "1.2", "not installed")
 
 
-def test_hosts_of_different_size_are_refused(config: Path, capsys: pytest.CaptureFixture[str]):
-    code, lines = doctor(capsys, config, "--world", 6, "--per-host", 4)
+REFUSED = {
+    "hosts of different size": (
+        (True, "--world", 6, "--per-host", 4),
+        "--world (6) must be a multiple of --per-host (4), or smaller: every host has as many processes; change one of "
+        "the two",
+    ),
+    "processes of no run": (
+        (False, "--world", 6),
+        "--world (6) imagines processes of a run: give its YAML file, or leave --world away",
+    ),
+    "hosts of real processes": (
+        (True, "--per-host", 4),
+        "--per-host (4) is for --world: give the number of processes to imagine as well",
+    ),
+    "hosts of nothing": (
+        (False, "--per-host", 4),
+        "--per-host (4) is for --world: give the number of processes to imagine as well",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_options_that_do_not_go_together_are_refused(config: Path, capsys: pytest.CaptureFixture[str], case: str):
+    (with_config, *options), message = REFUSED[case]
+    code, lines = doctor(capsys, *([config] if with_config else []), *options)
     assert code == 2
-    assert lines == [
-        "distmoe: error: --world (6) must be a multiple of --per-host (4): every host has as many processes"
-    ]
+    assert lines == [f"distmoe: error: {message}"]

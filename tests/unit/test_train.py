@@ -295,6 +295,48 @@ def test_damaged_best_checkpoint_does_not_keep_a_run_from_its_end(run: Run, monk
     assert summary_of(folder)["selected_step"] == 10
 
 
+def test_only_the_tensors_of_the_selected_checkpoint_are_verified(run: Run, caplog: pytest.LogCaptureFixture):
+    folder = run("run", "train.stop_after_steps=5")
+    saved = last_checkpoint(folder)
+    checkpoints = folder.checkpoints(keep=9)
+    for step, best in ((6, Best(5, 0.5)), (7, Best(7, 0.6))):
+        state = dataclasses.replace(saved.state, progress=Progress(step), best=best)
+        checkpoints.save(state, pieces_of(all_tensors(saved)))
+        (tensors,) = checkpoints.path(step).glob("tensors-*")
+        tensors.write_bytes(b"no")
+        caplog.clear()
+        # Damage of the newest does not show where it only tells which one is the best.
+        assert folder.selected("best").state.progress.step == 5
+        assert len(caplog.messages) == (step == 7)
+    assert folder.selected("last").state.progress.step == 5
+    assert [message.partition(": ")[0][-6:] for message in caplog.messages[-2:]] == ["step-7", "step-6"]
+
+
+def test_another_layout_is_no_change_to_be_warned_of(run: Run, caplog: pytest.LogCaptureFixture):
+    folder = run("run", "train.stop_after_steps=2")
+    saved = last_checkpoint(folder)
+    alone = {"world_size": 1, "expert_parallel_size": 1, "engine": "replicas", "zero_stage": 0}
+    assert saved.state.layout == alone
+    spread = {"world_size": 8, "expert_parallel_size": 4, "engine": "deepspeed", "zero_stage": 1}
+    state = dataclasses.replace(saved.state, layout=spread)
+    folder.checkpoints().save(state, pieces_of(all_tensors(saved)))
+    changed = ("parallel.backend=replicas", "optim.lr=0.02", "train.stop_after_steps=3")
+    with caplog.at_level(logging.INFO):
+        run("run", "run.resume=true", *changed)
+    assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
+        "resumed with another optim.lr: 0.02, was 0.01"
+    ]
+    (line,) = [message for message in caplog.messages if "another layout" in message]
+    assert line == (
+        "resumed in another layout: 1 process, engine replicas, expert-parallel size 1, ZeRO stage 0; "
+        "was 8 processes, engine deepspeed, expert-parallel size 4, ZeRO stage 1"
+    )
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        run("run", "run.resume=true", "train.stop_after_steps=4")
+    assert [message for message in caplog.messages if "another layout:" in message] == []
+
+
 def test_weights_to_start_from_are_not_needed_to_resume(run: Run, tmp_path: Path):
     source = run("source", "train.max_steps=1")
     run("fine", f"model.init_from={source.path}", "train.stop_after_steps=2")
@@ -648,6 +690,22 @@ def test_plan_says_what_a_run_does(data: Path, tmp_path: Path, capsys: pytest.Ca
     assert values["training samples"] == "160"
     assert values["micro-batch on each rank"] == "16"
     assert list(tmp_path.iterdir()) == [path]  # nothing was written
+
+
+REFUSED_PLANS = {
+    "a device and this machine": (
+        ("--device", "a100", "--measure"),
+        "--device (a100) and --measure exclude each other",
+    ),
+    "hosts of different size": (("--world", 12, "--measure"), "--world (12) must be a multiple of --per-host (8)"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_PLANS)
+def test_plan_refuses_options_that_do_not_go_together(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    options, message = REFUSED_PLANS[case]
+    assert command("plan", tmp_path / "not read.yaml", *options) == 2
+    assert capsys.readouterr().err.startswith(f"distmoe: error: {message}")
 
 
 def commands(group: Any, names: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -3,17 +3,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 
 from distmoe.bench import calibration
 from distmoe.bench import scaling as bench
 from distmoe.bench.calibration import Probe
 from distmoe.bench.estimate import Estimate
 from distmoe.bench.scaling import RankResult, summarize
-from distmoe.bench.scaling_candidates import Point, Watch, build_problem, reduce_gradients
+from distmoe.bench.scaling_candidates import Point, Watch, build_problem
 from distmoe.bench.scaling_table import DEEPSPEED, OURS, Line, format_point, missed_floors
 from distmoe.contracts import UserError
-from distmoe.parallel.collectives import Communicator
 from distmoe.parallel.control import Control
 from distmoe.parallel.mesh import Mesh
 from distmoe.training.cost_model import Link, Machine
@@ -81,21 +79,6 @@ def test_a_watch_counts_what_leaves_the_rank_in_exchanges_of_rows():
     with watch("all-reduce in world group", 700):
         pass
     assert (watch.sent_bytes, watch.seconds) == (1000, seconds)
-
-
-def test_gradients_of_a_group_are_summed_each_in_its_place():
-    class Doubling(Communicator):
-        def sum_(self, tensor):
-            return tensor.mul_(2)
-
-    parameters = [nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(4))]
-    for start, parameter in zip((0, 6), parameters, strict=True):
-        parameter.grad = torch.arange(start, start + parameter.numel()).float().view_as(parameter)
-    reduce_gradients(parameters, Doubling([0], 0))
-    assert parameters[1].grad.tolist() == [6, 7, 8, 9]  # a group of one has nothing to add
-    reduce_gradients(parameters, Doubling([0, 1], 0))
-    assert parameters[0].grad.tolist() == [[0, 2, 4], [6, 8, 10]]
-    assert parameters[1].grad.tolist() == [12, 14, 16, 18]
 
 
 def test_rates_are_work_by_the_median_of_all_samples_but_the_first(monkeypatch: pytest.MonkeyPatch):

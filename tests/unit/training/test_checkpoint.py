@@ -18,13 +18,13 @@ from distmoe.training.checkpoint import (
     Best,
     Checkpoint,
     CheckpointFolder,
-    DamagedCheckpointError,
     Progress,
     TrainingState,
     load_checkpoint,
     spec_from_json,
     spec_to_json,
 )
+from distmoe.training.integrity import DamagedCheckpointError
 from tests.runs import all_tensors, pieces_of
 from tests.unit.training.little import ADAMW, SGD, SPEC, run_config, trainer
 
@@ -257,7 +257,9 @@ def test_another_format_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
     folder = save(CheckpointFolder(tmp_path, 1), 1)
     monkeypatch.undo()
-    with pytest.raises(UserError, match=f"format {checkpoint.FORMAT + 1}, this version reads {checkpoint.FORMAT}"):
+    with pytest.raises(
+        UserError, match=f"format {checkpoint.FORMAT + 1}, this version reads {checkpoint.FORMAT}: go on with"
+    ):
         load_checkpoint(folder)
 
 
@@ -351,7 +353,7 @@ def test_a_save_that_was_cut_off_is_never_taken_for_a_checkpoint(tmp_path, monke
     def killed(*args):
         raise Killed
 
-    for place in ("_checksum", "_flush"):  # before the list of checksums is written, and before the rename
+    for place in ("checksum_of", "flush"):  # before the list of checksums is written, and before the rename
         monkeypatch.setattr(checkpoint, place, killed)
         with pytest.raises(Killed):
             save(folder, 2)

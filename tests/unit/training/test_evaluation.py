@@ -198,7 +198,10 @@ def test_every_gate_is_measured_on_all_its_tokens(name):
 class TwoRanks:
     """As if another rank had the same samples."""
 
+    calls = 0
+
     def __call__(self, sums: Sums) -> Sums:
+        self.calls += 1
         return {name: value + value for name, value in sums.items()}
 
     def gather(self, rows_T: torch.Tensor) -> torch.Tensor:
@@ -207,7 +210,9 @@ class TwoRanks:
 
 def test_sums_go_through_the_reducer():
     model = Lookup()
-    result = evaluate(model, model, batches(7), 3, 0, TwoRanks())
+    reducer = TwoRanks()
+    result = evaluate(model, model, batches(7), 3, 0, reducer)
+    assert reducer.calls == 1
     # Twice the counts, the same means.
     assert result.samples == 14
     alone = run(7)

@@ -6,6 +6,7 @@ import torch
 
 from distmoe.contracts import UserError
 from distmoe.moe.routing import Routing
+from distmoe.moe.sums import NoReduction, Sums
 from distmoe.training.metrics import Interval, MetricsFile, read_metrics
 from distmoe.training.step import StepResult
 
@@ -98,7 +99,7 @@ def test_an_interval_means_over_samples_and_steps():
     interval = Interval()
     interval.add(result(loss=8.0, correct=2, samples=8, balance=1.0, norm=5.0))
     interval.add(result(loss=1.0, correct=1, samples=2, balance=2.0, norm=3.0))
-    numbers = interval.describe({"load_balance": 0.1})
+    numbers, loads = interval.describe({"load_balance": 0.1})
     # 9 / 10 samples; the balance (1 + 2) / 2 with weight 0.1.
     expected = {
         "loss": 0.9 + 0.15,
@@ -118,7 +119,28 @@ def test_an_interval_means_over_samples_and_steps():
         "layer/usage_entropy_soft_bits": 5 / 8 * math.log2(8 / 5) + 3 / 8 * math.log2(8 / 3),
     }
     assert numbers == pytest.approx(expected)
-    assert interval.expert_loads()["layer"].tolist() == [0.75, 0.25]
+    assert loads["layer"].tolist() == [0.75, 0.25]
+
+
+class OtherRank(NoReduction):
+    """Adds what others have: four times the loss and the samples, and the mirror image of the load."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, sums: Sums) -> Sums:
+        self.calls += 1
+        others = {name: value.flip(0) if value.dim() else value for name, value in sums.items()}
+        return {name: value + (others[name] if "layer\n" in name else 4 * value) for name, value in sums.items()}
+
+
+def test_sums_of_all_layers_and_of_the_interval_travel_together():
+    interval, reducer = Interval(), OtherRank()
+    interval.add(result(loss=8.0, correct=2, samples=8, balance=1.0))
+    numbers, loads = interval.describe({"load_balance": 0.0}, reducer)
+    assert reducer.calls == 1
+    assert loads["layer"].tolist() == [0.5, 0.5]
+    assert (numbers["layer/load_imbalance"], numbers["loss"], numbers["accuracy"]) == (1.0, 1.0, 0.25)
 
 
 def test_a_cleared_interval_starts_anew():
@@ -126,7 +148,7 @@ def test_a_cleared_interval_starts_anew():
     interval.add(result(loss=8.0, correct=2, samples=8, balance=1.0))
     interval.clear()
     interval.add(result(loss=1.0, correct=1, samples=2, balance=2.0))
-    numbers = interval.describe({"load_balance": 0.0})
+    numbers, _ = interval.describe({"load_balance": 0.0})
     assert (numbers["loss"], numbers["accuracy"], numbers["load_balance"]) == (0.5, 0.5, 2.0)
 
 
@@ -139,7 +161,8 @@ def test_an_interval_cut_by_a_resume_gives_the_same_line():
         first.add(step)
     second.load(json.loads(json.dumps(first.state())), torch.device("cpu"))
     second.add(steps[2])
-    assert second.describe({"load_balance": 0.1}) == straight.describe({"load_balance": 0.1})  # bit for bit
+    (numbers, _), (expected, _) = (one.describe({"load_balance": 0.1}) for one in (second, straight))
+    assert numbers == expected  # bit for bit
     assert second.state() == straight.state()
 
 
