@@ -19,6 +19,7 @@ from pathlib import Path
 from distmoe.config import DataSection
 from distmoe.contracts import SplitName, UserError
 from distmoe.data.datasets import load_split
+from distmoe.data.disk import flush
 from distmoe.data.file_lock import file_lock
 from distmoe.data.prepared import (
     Original,
@@ -27,7 +28,6 @@ from distmoe.data.prepared import (
     SideCar,
     checksum,
     read_sidecar,
-    sync_folder,
     write_sidecar,
 )
 from distmoe.data.split import Split, is_image_shape
@@ -152,7 +152,7 @@ def _write(data: DataSection, sidecar_path: Path) -> PreparedData:
         checksums = {name: checksum(path) for name, path in temporary.items()}
         for name, target in prepared.splits.items():
             os.replace(temporary[name], target.path)
-        sync_folder(sidecar_path.parent)
+        flush(sidecar_path.parent)
         write_sidecar(
             sidecar_path,
             SideCar(

@@ -11,6 +11,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from distmoe.contracts import DataSpec, SplitName
+from distmoe.data.disk import flush
 
 logger = logging.getLogger(__name__)
 
@@ -145,16 +146,7 @@ def write_sidecar(path: Path, sidecar: SideCar) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames in the folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush(path.parent)
 
 
 def _checksum_of_text(text: str) -> str:

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from distmoe.contracts import DataSpec, UserError
+from distmoe.data.disk import flush
 from distmoe.parallel.control import Control
 from distmoe.parallel.shards import AVERAGE, WEIGHT, Piece
-from distmoe.training.integrity import DamagedCheckpointError, checksum_of, flush, reading, unseen, verify
+from distmoe.training.integrity import DamagedCheckpointError, checksum_of, reading, unseen, verify
 from distmoe.training.tensor_files import Index, ModelTensors, PieceFiles, as_rows, merge, piece_file, write_pieces
 
 logger = logging.getLogger(__name__)

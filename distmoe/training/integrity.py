@@ -1,7 +1,6 @@
 """Whether a checkpoint is whole: checksums, what is damage and what is not, and what has reached the disk."""
 
 import hashlib
-import os
 import platform
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -65,12 +64,3 @@ def checksum_of(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def flush(path: Path) -> None:
-    """What is in the file or folder reaches the disk before anything after it does."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,9 +5,11 @@ Every test shows one case in one layout; what it is compared with is computed on
 
 import itertools
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from distmoe.moe.gates import GATES
 from tests.distributed.layout_cases import (
@@ -20,11 +22,13 @@ from tests.distributed.layout_cases import (
     possible_cases,
 )
 from tests.distributed.layout_measures import (
+    LIMIT,
     Free,
     Single,
     Wide,
     failures,
     measure,
+    measure_single,
     over_ranks,
     references,
 )
@@ -108,6 +112,24 @@ def test_the_covering_set_is_small_and_has_every_pair_of_settings():
         shapes = {(getattr(case, name), layout.world, layout.expert_parallel) for case, layout in RUNS}
         assert len(shapes) == len(values) * 6, name
     assert {case.gate for case, _ in WIDE_RUNS} == set(GATES)
+
+
+ONCE = Case(model="tutorial", samples="uneven", balanced=False)
+ACCUMULATING = [Layout(2, 1, "replicas"), *(Layout(2, 2, f"zero {stage}") for stage in (0, 1, 2))]
+
+
+def _check_accumulation(file: Path) -> list[Single]:
+    reference = torch.load(file, weights_only=False)[ONCE]
+    return [measure_single(replace(ONCE, accumulation=2), layout, reference, every=4) for layout in ACCUMULATING]
+
+
+def test_two_micro_batches_train_what_one_trains_where_losses_are_linear_in_tokens(tmp_path: Path):
+    run_ranks(references, 1, [ONCE], [], tmp_path / "references.pt")
+    for singles in run_ranks(_check_accumulation, 2, tmp_path / "references.pt"):
+        for layout, single in zip(ACCUMULATING, singles, strict=True):
+            assert single.loss <= 1e-6, layout
+            assert single.norm <= 1e-5, layout
+            assert single.gradient <= LIMIT, f"{layout}: {single.worst}"
 
 
 def full_product() -> list[Run]:
