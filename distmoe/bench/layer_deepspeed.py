@@ -7,12 +7,19 @@ from distmoe.bench.layer_candidates import Candidate, Problem, Shape, gate_netwo
 
 
 def deepspeed_moe(problem: Problem) -> Candidate:
-    """``deepspeed.moe.layer.MoE`` on one process: dropless, without noise, with the problem's weights."""
+    """:func:`dropless_moe` on one process."""
+    layer = dropless_moe(problem)
+    return Candidate(layer, lambda x: layer(x)[0])
+
+
+def dropless_moe(problem: Problem, expert_parallel_size: int = 1) -> MoE:
+    """``deepspeed.moe.layer.MoE``: dropless, without noise, with the problem's weights of this rank's experts."""
     shape = problem.shape
     layer = MoE(
         shape.width,
         expert=nn.Identity(),  # copied for each expert; the copies are replaced below
         num_experts=shape.num_experts,
+        ep_size=expert_parallel_size,
         k=shape.k,
         min_capacity=0,
         drop_tokens=False,
@@ -21,7 +28,7 @@ def deepspeed_moe(problem: Problem) -> Candidate:
     )
     layer.deepspeed_moe.gate.wg = gate_network(problem)
     layer.deepspeed_moe.experts.deepspeed_experts = nn.ModuleList(separate_experts(problem))
-    return Candidate(layer, lambda x: layer(x)[0])
+    return layer
 
 
 def deepspeed_bytes(shape: Shape) -> int:

@@ -9,31 +9,18 @@ import deepspeed
 import torch
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
-from deepspeed.moe.layer import MoE
-from torch import Tensor, nn
+from torch import Tensor
 
-from distmoe.bench.layer_candidates import Problem, gate_network, separate_experts
+from distmoe.bench.layer_candidates import Problem
+from distmoe.bench.layer_deepspeed import dropless_moe
 from distmoe.bench.scaling_candidates import Candidate, Watch
 from distmoe.parallel.mesh import Mesh
 
 
 def deepspeed_moe(problem: Problem, mesh: Mesh, watch: Watch) -> Candidate:
-    """``deepspeed.moe.layer.MoE``: dropless, without noise, with the problem's weights. Collective."""
-    shape = problem.shape
-    layer = MoE(
-        shape.width,
-        expert=nn.Identity(),  # copied for each expert; the copies are replaced below
-        num_experts=shape.num_experts,
-        ep_size=mesh.expert_parallel_size,
-        k=shape.k,
-        min_capacity=0,
-        drop_tokens=False,
-        use_rts=False,
-        top2_2nd_expert_sampling=False,
-    )
-    gate, experts = gate_network(problem), separate_experts(problem)
-    layer.deepspeed_moe.gate.wg = gate
-    layer.deepspeed_moe.experts.deepspeed_experts = nn.ModuleList(experts)
+    """``deepspeed.moe.layer.MoE`` with its experts spread over the mesh. Collective."""
+    layer = dropless_moe(problem, mesh.expert_parallel_size)
+    gate, experts = layer.deepspeed_moe.gate.wg, list(layer.deepspeed_moe.experts.deepspeed_experts)
     if mesh.expert_parallel_size > 1:
         _open_communication()
         with redirect_stdout(io.StringIO()):  # it prints that it makes a group
@@ -44,7 +31,7 @@ def deepspeed_moe(problem: Problem, mesh: Mesh, watch: Watch) -> Candidate:
         return output
 
     def first_weights() -> Tensor:
-        return torch.stack([expert[0].weight.grad.T for expert in experts])  # type: ignore[index]
+        return torch.stack([expert[0].weight.grad.T for expert in experts])
 
     parameters = [parameter for expert in experts for parameter in expert.parameters()]
     return Candidate(layer, forward, parameters, first_weights, gate.weight, watch)
