@@ -322,6 +322,8 @@ def _open_deepspeed(device: torch.device, timeout_s: float) -> bool:
         builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
         if builder is not None:
             deepspeed.ops.__compatible_ops__[builder.NAME] = False
+        # It knows the optimizers of its own; torch's are compared with one process in every layout.
+        deepspeed.utils.logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
         # torch 2.14 has another name for a function that ZeRO calls.
         warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)
         deepspeed.init_distributed(dist_init_required=False, timeout=timedelta(seconds=timeout_s))
