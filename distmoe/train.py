@@ -13,8 +13,10 @@ from typing import Any
 from distmoe.config import RunConfig
 from distmoe.contracts import UserError
 from distmoe.parallel.control import Control
-from distmoe.parallel.runtime import Interrupted, open_runtime, process_start_time
+from distmoe.parallel.runtime import open_runtime, process_start_time
+from distmoe.parallel.stop_signals import Interrupted
 from distmoe.parallel.world import World
+from distmoe.training.attempts import Attempts
 from distmoe.training.checkpoint import Best, CheckpointFolder, Progress
 from distmoe.training.evaluation import Evaluation
 from distmoe.training.metrics import MetricsFile
@@ -82,14 +84,18 @@ def train(config: RunConfig, world: World | None = None) -> dict[str, Any] | Non
     Raises:
         UserError: Something in the configuration, the data, the folder or an earlier checkpoint is wrong, or the loss
             is not finite any more.
-        Interrupted: SIGINT or SIGTERM came to some rank; the run has saved and can be resumed.
+        Interrupted: A signal to stop came to some rank; the run has saved and can be resumed.
         PeerFailureError: Another rank has failed, and prints why.
         LostRanksError: Other ranks are gone or do not answer.
     """
     folder = RunFolder.of(config)
-    with open_runtime(config, world) as runtime:
+    world = world if world is not None else World.of_environment()
+    attempts = Attempts(folder.path)
+    with attempts.ends_noted(world.rank), open_runtime(config, world) as runtime:
         config.check_trainable()
-        control, resume = runtime.control, config.run.resume or runtime.restarts > 0
+        control = runtime.control
+        restart = runtime.restarts > 0 or control.on_main(lambda: attempts.is_restart(runtime.launches))
+        resume = config.run.resume or restart
         control.on_main(lambda: folder.check_free(resume))
         with open_session(config, runtime) as session, ExitStack() as stack:
             checkpoints = folder.checkpoints(config.run.keep_checkpoints)
@@ -99,6 +105,9 @@ def train(config: RunConfig, world: World | None = None) -> dict[str, Any] | Non
             if summary is not None:
                 logger.info("it is finished: test accuracy %.4f", summary["test_accuracy"])
                 return summary
+            control.on_main(lambda: folder.open(config))
+            step, launches = session.progress.step, runtime.launches
+            control.on_main(lambda: attempts.begin(step, launches, restart, config.run.retries))
             return _train_and_test(session, folder, checkpoints)
 
 
@@ -122,14 +131,13 @@ def _start(session: Session, folder: RunFolder, checkpoints: CheckpointFolder, r
 
 def _train_and_test(session: Session, folder: RunFolder, checkpoints: CheckpointFolder) -> dict[str, Any] | None:
     control = session.runtime.control
-    control.on_main(lambda: folder.open(session.config))
     _log_start(session, folder)
     with ExitStack() as stack:
         opened: list[Files] = []
         control.on_main(lambda: opened.append(_open_files(session, folder, stack)))
         outputs = Outputs(folder, checkpoints, control, opened[0] if opened else None)
         session.clock.start()
-        with session.runtime.saving_on_signal():
+        with session.runtime.stop.saving():
             completed = fit(session, outputs)
         if not completed:
             logger.info("stopped after %d steps, as train.stop_after_steps says", session.progress.step)
@@ -274,7 +282,7 @@ def _of_slowest(session: Session, rates: dict[str, float]) -> dict[str, float]:
 
 def _agreed(session: Session, outputs: Outputs, diverged: bool) -> int:
     """The signal that some rank got, or 0, on all ranks; stops a run that some rank finds diverged. Collective."""
-    numbers = session.runtime.control.largest([session.runtime.stop_signal or 0, diverged])
+    numbers = session.runtime.control.largest([session.runtime.stop.number or 0, diverged])
     if numbers[1]:
         saved = outputs.checkpoints.steps()
         kept = (

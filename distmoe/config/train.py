@@ -16,6 +16,8 @@ class RunSection(Section):
     """Folder of this run inside ``run.dir``; default: the name of the config file."""
     resume: bool = False
     """Continue from the newest whole checkpoint in the run's folder (from step 0 if there is none)."""
+    retries: Annotated[int, Field(ge=0, le=1_000_000)] = 3
+    """How often a launcher may start the run again from one and the same step; then it stops with the first failure."""
     keep_checkpoints: PositiveInt = 2
     """How many of the newest checkpoints stay; the best one on validation always does."""
 

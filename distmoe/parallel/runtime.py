@@ -2,14 +2,12 @@
 
 import logging
 import os
-import signal
 import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from types import FrameType
 from typing import TypeVar
 
 import psutil
@@ -21,9 +19,12 @@ from distmoe.contracts import UserError
 from distmoe.parallel.collectives import Observe, unobserved
 from distmoe.parallel.control import Control
 from distmoe.parallel.endings import deaf_to_sigterm
+from distmoe.parallel.handshake import compare_builds, publish_build
 from distmoe.parallel.heartbeat import Heartbeat
 from distmoe.parallel.joining import join_run
 from distmoe.parallel.mesh import Mesh, choose_mesh
+from distmoe.parallel.network import chosen_interface
+from distmoe.parallel.stop_signals import Interrupted, StopSignals, stop_with_launcher
 from distmoe.parallel.world import World
 
 logger = logging.getLogger(__name__)
@@ -31,18 +32,6 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 _EARLY_LIMIT_S = 15.0
-
-
-class Interrupted(Exception):  # noqa: N818 - not an error
-    """The run was asked to stop by a signal, and has saved; on all ranks alike.
-
-    Attributes:
-        signal_number: SIGINT or SIGTERM.
-    """
-
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(signal.Signals(signal_number).name)
-        self.signal_number = signal_number
 
 
 @dataclass
@@ -55,9 +44,9 @@ class Runtime:
         control: What ranks agree on; over CPU memory whatever the device.
         num_threads: CPU threads of torch.
         restarts: How often a launcher has restarted this run.
+        launches: The launchers' processes of all hosts, see :attr:`distmoe.parallel.launchers.Place.launch`.
         limit_s: Seconds after which an exchange gives up.
-        stop_signal: Number of the signal that asked this rank to save and stop, or None.
-        can_save: Whether somebody acts on ``stop_signal``; otherwise a signal stops the process at once.
+        stop: Signals that ask this rank to save and stop.
     """
 
     device: torch.device
@@ -65,9 +54,9 @@ class Runtime:
     control: Control = field(default_factory=Control)
     num_threads: int = 1
     restarts: int = 0
+    launches: tuple[str, ...] = ()
     limit_s: float = 300.0
-    stop_signal: int | None = None
-    can_save: bool = False
+    stop: StopSignals = field(default_factory=StopSignals)
     heartbeat: Heartbeat | None = None
 
     @property
@@ -118,23 +107,10 @@ class Runtime:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    @contextmanager
-    def saving_on_signal(self) -> Iterator[None]:
-        """Inside, the first SIGINT or SIGTERM only sets :attr:`stop_signal`, for the loop to act on."""
-        self.can_save = True
-        try:
-            yield
-        finally:
-            self.can_save = False
-
 
 @contextmanager
 def open_runtime(config: RunConfig, world: World | None = None) -> Iterator[Runtime]:
     """Joins the other processes, sets threads and determinism, catches signals; puts everything back on the way out.
-
-    Inside :meth:`Runtime.saving_on_signal` the first signal is recorded in :attr:`Runtime.stop_signal` for the loop to
-    act on at the end of a step. A second one, and any one outside, ends the process at once: ``KeyboardInterrupt`` or
-    ``SystemExit`` with code 143.
 
     Where there are several processes, an error that leaves this context on one of them ends all, see
     :mod:`distmoe.parallel.heartbeat`. Collective.
@@ -154,6 +130,8 @@ def open_runtime(config: RunConfig, world: World | None = None) -> Iterator[Runt
         heartbeat = None
         if world.size > 1:
             heartbeat = stack.enter_context(_joined(world, config.parallel.timeout_s, limit_s))
+            master = world.master[0] if world.master is not None else "localhost"
+            stack.enter_context(chosen_interface(master, world.several_hosts and world.master is not None))
         device = choose_device(world)
         mesh = check_layout(config, world)
         check_precision(config, device)
@@ -166,11 +144,14 @@ def open_runtime(config: RunConfig, world: World | None = None) -> Iterator[Runt
             control=control,
             num_threads=config.train.num_threads or max(available_cpus() // world.ranks_per_host, 1),
             restarts=int(control.largest([world.restarts])[0]),  # a launcher's process on each host counts its own
+            launches=tuple(sorted({launch for launch in control.gather(world.launch) if launch is not None})),
             limit_s=limit_s,
             heartbeat=heartbeat,
         )
         stack.enter_context(_settings(runtime))
-        stack.enter_context(_recorded_signals(runtime))
+        stack.enter_context(runtime.stop.caught())
+        if world.launch is not None:
+            stop_with_launcher()
         yield runtime
 
 
@@ -278,7 +259,11 @@ def _joined(world: World, timeout_s: float, limit_s: float) -> Iterator[Heartbea
     """Inside, all ranks know each other's signs of life, and an error of one ends all."""
     heartbeat = join_run(world, timeout_s, limit_s)
     try:
+        publish_build(heartbeat.store, world.rank)
         heartbeat.join(timeout_s)
+        if world.rank == 0:
+            compare_builds(heartbeat.store, world.size)
+        heartbeat.wait_for_all(logger.debug, "comparing versions")
         yield heartbeat
     except Interrupted:
         raise
@@ -362,25 +347,3 @@ def _settings(runtime: Runtime) -> Iterator[None]:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic)
         torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
-
-
-@contextmanager
-def _recorded_signals(runtime: Runtime) -> Iterator[None]:
-    def record(number: int, frame: FrameType | None) -> None:
-        del frame
-        if runtime.stop_signal is not None or not runtime.can_save:
-            if number == signal.SIGINT:
-                raise KeyboardInterrupt
-            raise SystemExit(128 + number)
-        runtime.stop_signal = number
-        logger.warning("%s: saving after this step, then stopping (again to stop at once)", signal.Signals(number).name)
-
-    try:
-        previous = {number: signal.signal(number, record) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: signals are somebody else's business
-        previous = {}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -41,9 +41,14 @@ def come_key(rank: int) -> str:
     return f"come to/{rank}"
 
 
+def build_key(rank: int) -> str:
+    """Of what a rank runs, see :mod:`distmoe.parallel.handshake`."""
+    return f"build/{rank}"
+
+
 def empty_signs(world_size: int) -> tuple[list[str], list[str]]:
     """Keys and first values, for who opens a run: several values are read in one request if all are there."""
-    keys = [key(rank) for key in (sign_key, come_key) for rank in range(world_size)]
+    keys = [key(rank) for key in (sign_key, come_key, build_key) for rank in range(world_size)]
     return keys, [""] * len(keys)
 
 

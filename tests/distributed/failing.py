@@ -22,7 +22,8 @@ from distmoe.models.convnet import ConvNet
 from distmoe.parallel.endings import say
 from distmoe.parallel.engines.replicas import ReplicasEngine
 from distmoe.parallel.heartbeat import BEAT_S
-from distmoe.parallel.runtime import Interrupted, set_up_logging
+from distmoe.parallel.runtime import set_up_logging
+from distmoe.parallel.stop_signals import Interrupted
 from distmoe.parallel.world import World
 from distmoe.train import train
 from distmoe.training import checkpoint

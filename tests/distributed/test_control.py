@@ -153,25 +153,27 @@ def test_two_ranks_of_a_host_must_not_have_one_gpu():
 
 
 def _joined(store: Any, ranks: list[int], size: int, delay_s: float = 0.0) -> list[Heartbeat | str]:
-    """What processes get that come one after the other, in this order: their signs of life, stopped, or an error."""
+    """What processes get that come one after the other, in this order: their signs of life, or an error.
+
+    As in a run, the signs go on until all have come; then they stop.
+    """
+    heartbeats: list[Heartbeat] = []
 
     def come(place: int) -> Heartbeat | str:
         time.sleep(place * delay_s)
         rank = ranks[place]
         try:
-            heartbeat = join_run(World(rank, size, rank, size, store=store), 3.0, 3.0)
-        except UserError as error:
-            return str(error)
-        try:
+            heartbeats.append(heartbeat := join_run(World(rank, size, rank, size, store=store), 3.0, 3.0))
             heartbeat.join(3.0)
         except UserError as error:
             return str(error)
-        finally:
-            heartbeat.stop()
         return heartbeat
 
     with ThreadPoolExecutor(len(ranks)) as threads:
-        return list(threads.map(come, range(len(ranks))))
+        found = list(threads.map(come, range(len(ranks))))
+    for heartbeat in heartbeats:
+        heartbeat.stop()
+    return found
 
 
 def test_ranks_of_a_restarted_run_meet_whatever_has_become_of_them_before():

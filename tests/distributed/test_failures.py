@@ -106,7 +106,7 @@ def test_interrupt_of_one_rank_stops_all_after_the_same_step(data: Path, tmp_pat
     assert checkpoint_steps(folder_of(tiny_config(data, tmp_path / "runs"))) == [STEP]
     assert re.search(rf"saved \S+/step-{STEP}; go on with run\.resume=true$", outcome.log[-1])
     assert [line for line in outcome.log if "SIGINT" in line] == [
-        line for line in outcome.log if line.endswith("(again to stop at once)")
+        line for line in outcome.log if line.endswith("(Ctrl-C to stop at once)")
     ]
 
 

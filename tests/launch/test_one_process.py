@@ -135,7 +135,7 @@ def test_second_interrupt_stops_at_once(start: Start, data: Path, tmp_path: Path
     folder = RunFolder(tmp_path / "runs" / "run")
     process.wait_until(lambda: steps_logged(folder) >= 2)
     process.popen.send_signal(signal.SIGINT)
-    process.wait_until(lambda: "again to stop at once" in process.log.read_text())
+    process.wait_until(lambda: "to stop at once" in process.log.read_text())
     assert process.end(signal.SIGINT) == 130
     log = process.log.read_text()
     assert "Traceback" not in log

@@ -381,7 +381,7 @@ def signals_in_step(monkeypatch: pytest.MonkeyPatch, step: int, *signals: int) -
     monkeypatch.setattr(flow, "train_step", train_step)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
 def test_signal_saves_and_stops(
     run: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
 ):
@@ -397,14 +397,39 @@ def test_signal_saves_and_stops(
     assert_same_run(stopped, run("whole"))
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_second_signal_stops_at_once(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
-):
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_second_interrupt_stops_at_once(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: int):
     path = write_tiny_config(data, tmp_path, "run.name=stopped")
-    signals_in_step(monkeypatch, 6, number, number)
-    assert command("train", path) == code
+    signals_in_step(monkeypatch, 6, first, signal.SIGINT)
+    assert command("train", path) == 130
     assert checkpoint_steps(RunFolder(tmp_path / "stopped")) == [5]  # nothing was saved after the epoch
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "environment", "code"),
+    [
+        (signal.SIGINT, signal.SIGTERM, {}, 130),  # deepspeed ends its processes when it is interrupted itself
+        (signal.SIGTERM, signal.SIGTERM, {}, 143),
+        (signal.SIGUSR1, signal.SIGTERM, {}, 138),
+        # Ctrl-C reaches all processes of a terminal, and torchrun passes on what it gets.
+        (signal.SIGINT, signal.SIGINT, {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, 130),
+    ],
+)
+def test_what_a_launcher_passes_on_changes_nothing(
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    first: int,
+    second: int,
+    environment: dict[str, str],
+    code: int,
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    path = write_tiny_config(data, tmp_path, "run.name=stopped")
+    signals_in_step(monkeypatch, 6, first, second)
+    assert command("train", path) == code
+    assert checkpoint_steps(RunFolder(tmp_path / "stopped")) == [5, 7]  # the step was finished and saved
 
 
 def test_signal_during_an_evaluation_stops_after_its_epoch(

@@ -1,4 +1,8 @@
-"""What launchers' variables say."""
+"""The store of a world, and the device of a rank."""
+
+import re
+import socket
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -7,62 +11,41 @@ from distmoe.contracts import UserError
 from distmoe.parallel.runtime import choose_device
 from distmoe.parallel.world import World
 
-STORE = {"MASTER_ADDR": "host0", "MASTER_PORT": "29500"}
-TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", **STORE}
-SLURM = {
-    "SLURM_PROCID": "5", "SLURM_NTASKS": "6", "SLURM_LOCALID": "1", "SLURM_TASKS_PER_NODE": "2(x3)",
-    "SLURM_STEP_ID": "0", **STORE,
-}  # fmt: skip
+
+def test_store_listens_on_the_address_of_the_master_only():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = World(0, 2, 0, 2, master=("127.0.0.2", port)).open_store(limit_s=5.0)
+    server.set("key", "value")
+    assert World(1, 2, 1, 2, master=("127.0.0.2", port)).open_store(limit_s=5.0).get("key") == b"value"
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port))
 
 
-@pytest.mark.parametrize(
-    ("environment", "world"),
-    [
-        ({}, World(0, 1, 0, 1)),
-        (TORCHRUN, World(5, 8, 1, 4)),
-        ({**TORCHRUN, "TORCHELASTIC_RESTART_COUNT": "2"}, World(5, 8, 1, 4, restarts=2)),
-        # deepspeed has another name for the processes of a host.
-        ({**{k: v for k, v in TORCHRUN.items() if k != "LOCAL_WORLD_SIZE"}, "LOCAL_SIZE": "2"}, World(5, 8, 1, 2)),
-        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, World(0, 1, 0, 1)),
-        (SLURM, World(5, 6, 1, 2)),
-        ({**SLURM, **TORCHRUN}, World(5, 8, 1, 4)),
-        # The script of a batch job is one process, before it calls srun.
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "6", "SLURM_LOCALID": "0"}, World(0, 1, 0, 1)),
-    ],
-    ids=["none", "torchrun", "restarted", "deepspeed", "one process", "srun", "torchrun under srun", "batch script"],
-)
-def test_world_of_a_launcher(environment: dict[str, str], world: World):
-    assert World.of_environment(environment) == world
+@pytest.fixture
+def taken() -> Iterator[int]:
+    """A port that another program listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"WORLD_SIZE": "two"}, r"WORLD_SIZE \('two'\) must be a whole number"),
-        ({"RANK": "-1"}, r"RANK \('-1'\) must be a whole number"),
-        ({"LOCAL_RANK": ""}, r"LOCAL_RANK \(''\) must be a whole number"),
-        ({"MASTER_PORT": "http"}, r"MASTER_PORT \('http'\) must be a whole number"),
-        ({"MASTER_ADDR": None}, "MASTER_ADDR is missing, though others say that there are several processes"),
-        ({"RANK": None}, "RANK is missing"),
-        ({"LOCAL_RANK": None}, "LOCAL_RANK is missing"),
-        ({"RANK": "8"}, r"RANK \(8\), WORLD_SIZE \(8\), .* do not fit together"),
-        ({"LOCAL_RANK": "4"}, r"LOCAL_RANK \(4\) and LOCAL_WORLD_SIZE \(4\) do not fit together"),
-        ({"LOCAL_WORLD_SIZE": "16"}, r"LOCAL_WORLD_SIZE \(16\) do not fit together"),
-        ({"LOCAL_WORLD_SIZE": "3"}, "every host must have as many processes"),
-        ({"TORCHELASTIC_RESTART_COUNT": "x"}, r"TORCHELASTIC_RESTART_COUNT \('x'\) must be a whole number"),
-    ],
-)
-def test_bad_variables_are_named(changes: dict[str, str | None], message: str):
-    environment = {name: value for name, value in {**TORCHRUN, **changes}.items() if value is not None}
-    with pytest.raises(UserError, match=message):
-        World.of_environment(environment)
+# Rank, processes on a host, address, port (0: the taken one), and what is said.
+NO_STORE = {
+    "nobody serves": (3, 4, "127.0.0.1", 1, "rank 3: nobody answers at MASTER_ADDR (127.0.0.1), MASTER_PORT (1) for"),
+    "unknown name": (3, 4, "no.such.host.invalid", 1, "does not know the name in MASTER_ADDR (no.such.host.invalid: "),
+    "unknown name of its own": (0, 4, "no.such.host.invalid", 1, "MASTER_ADDR (no.such.host.invalid): host"),
+    "taken port": (0, 4, "127.0.0.1", 0, "the port is taken by another program: choose a free one"),
+    "another host's address": (0, 4, "192.0.2.1", 29500, "192.0.2.1 is not an address of host"),
+    "loopback address for others": (0, 2, "localhost", 29500, "MASTER_ADDR (localhost) is a loopback address on host"),
+}
 
 
-def test_nobody_serves_the_store(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", "1")  # a port that takes a privilege nobody has asked for
-    with pytest.raises(UserError, match=r"rank 3: nobody answers at MASTER_ADDR \(127\.0\.0\.1\), MASTER_PORT \(1\)"):
-        World(rank=3, size=4).open_store(limit_s=0.2)
+@pytest.mark.parametrize("case", NO_STORE)
+def test_store_that_cannot_be_opened(case: str, taken: int):
+    rank, ranks_per_host, address, port, message = NO_STORE[case]
+    world = World(rank, 4, rank % ranks_per_host, ranks_per_host, master=(address, port or taken))
+    with pytest.raises(UserError, match=re.escape(message)):
+        world.open_store(limit_s=0.2)
 
 
 @pytest.mark.parametrize(
