@@ -5,6 +5,7 @@ Commands import what they need when they run, through :func:`_load`: ``--help`` 
 
 import importlib
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -25,6 +26,7 @@ from distmoe.parallel.endings import (
     is_out_of_memory,
     say,
 )
+from distmoe.parallel.launchers import started_by_launcher
 
 # What the commands run, imported when they do.
 _MODULES = {
@@ -46,8 +48,6 @@ _MODULES = {
     "forecast": "distmoe.training.forecast",
 }
 
-_STARTED_BY_LAUNCHER = {"RANK", "SLURM_PROCID"}
-
 app = typer.Typer(
     help="Train Mixture-of-Experts image classifiers, watch them, resume them, see what the experts learned.",
     no_args_is_help=True,
@@ -68,12 +68,20 @@ Overrides = Annotated[
 Run = Annotated[Path, typer.Argument(help="Folder of a trained run, e.g. runs/smoke.", show_default=False)]
 
 
+@app.callback()
+def accept_local_rank(
+    local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,
+) -> None:
+    """Takes what the deepspeed launcher puts before the command; LOCAL_RANK says the same."""
+    del local_rank
+
+
 @app.command()
 def train(config: Config, overrides: Overrides = None) -> None:
     """Train a run, then test it once.
 
-    Everything goes into its folder, run.dir/run.name. Prepares the data first where needed; never downloads. Ctrl-C or
-    SIGTERM: save, exit with 130 or 143; continue with run.resume=true.
+    Everything goes into its folder, run.dir/run.name. Prepares the data first where needed; never downloads. Ctrl-C,
+    SIGTERM or SIGUSR1: save, exit with 130, 143 or 138; continue with run.resume=true.
     """
     run_config = _config(config, overrides)
     module = _load("train")
@@ -171,28 +179,41 @@ def doctor(
         int | None, typer.Option(min=1, help="Processes to imagine, in place of those that are there.")
     ] = None,
     per_host: Annotated[int | None, typer.Option(min=1, help="Of them on each host.  [all]")] = None,
+    hostfile: Annotated[
+        Path | None, typer.Option(help="Hosts to ask over ssh, lines HOST slots=N; see launch/hostfile.example.")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Of the store of rank 0.  [MASTER_PORT, or 29500]")
+    ] = None,
+    ssh_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Of ssh, on all hosts.  [that of ssh's configuration]")
+    ] = None,
 ) -> None:
-    """Look at this machine and at the layout of a run.
+    """Look at this machine, at the hosts and at the layout of a run.
 
-    Versions and devices; of a run, which rank has which device and experts, and what keeps it from running (exit
-    code 2). After a launcher's name, the ranks it has started.
+    Each line says ok, warn or fail, and what to do about it: memory and limits, GPUs, packages, network; of a run, its
+    data and disk, and which rank has which device and experts. Exit code 2 if something fails. After a launcher's name,
+    the ranks it has started.
     """
     if world is not None and config is None:
         raise UserError(f"--world ({world}) imagines processes of a run: give its YAML file, or leave --world away")
     if per_host is not None and world is None:
         raise UserError(f"--per-host ({per_host}) is for --world: give the number of processes to imagine as well")
-    if config is None:
-        _show(_load("doctor").look_at_machine().text)
-        return
-    worlds = _load("world")
-    there = worlds.World.of_environment()
-    if world is not None:
-        per_host = min(per_host or world, world)
-        _load("forecast").check_world(world, per_host)
-        there = worlds.World(0, world, 0, per_host)
-    findings = _load("doctor").look_at_layout(_config(config, overrides), there, imagined=world is not None)
-    _show(findings.text)
-    if findings.problems:
+    if hostfile is not None and world is not None:
+        raise UserError(f"--hostfile ({hostfile}) and --world ({world}) exclude each other: leave one of them away")
+    if ssh_port is not None and hostfile is None:
+        raise UserError(f"--ssh-port ({ssh_port}) is for --hostfile: give the file of the hosts as well")
+    module = _load("doctor")
+    question = module.Question(
+        config=_config(config, overrides) if config is not None else None,
+        prepare=shlex.join(["python", "-m", "distmoe", "prepare", str(config or ""), *(overrides or [])]),
+        num_ranks=world,
+        ranks_per_host=per_host,
+        hostfile=hostfile,
+        port=port,
+        ssh_port=ssh_port,
+    )
+    if not module.examine(question, _show):
         raise SystemExit(2)
 
 
@@ -301,7 +322,7 @@ def _run(command: Callable[[], object]) -> None:
     try:
         command()
     except BaseException:
-        if _STARTED_BY_LAUNCHER & os.environ.keys():  # it ends all when one leaves, and this one has still to speak
+        if started_by_launcher(os.environ):  # it ends all when one leaves, and this one has still to speak
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise
 
@@ -316,7 +337,7 @@ def _config(path: Path, overrides: list[str] | None) -> RunConfig:
     def load() -> RunConfig:
         return load_config(path, overrides or [])
 
-    config: RunConfig = _load("runtime").told_once(load) if _STARTED_BY_LAUNCHER & os.environ.keys() else load()
+    config: RunConfig = _load("runtime").told_once(load) if started_by_launcher(os.environ) else load()
     return config
 
 

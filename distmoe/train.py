@@ -97,8 +97,14 @@ def train(config: RunConfig, world: World | None = None) -> dict[str, Any] | Non
         restart = runtime.restarts > 0 or control.on_main(lambda: attempts.is_restart(runtime.launches))
         resume = config.run.resume or restart
         control.on_main(lambda: folder.check_free(resume))
+        checkpoints = folder.checkpoints(config.run.keep_checkpoints)
+
+        def begin(step: int) -> None:
+            attempts.begin(control, step, runtime.launches, restart, config.run.retries)
+
+        if restart:  # from here on, since a process may be killed while it loads
+            begin(control.on_main(lambda: max(checkpoints.steps(), default=0)))
         with open_session(config, runtime) as session, ExitStack() as stack:
-            checkpoints = folder.checkpoints(config.run.keep_checkpoints)
             control.on_main(lambda: stack.enter_context(folder.held()))
             _start(session, folder, checkpoints, resume)
             summary = control.on_main(folder.read_summary) if session.finished else None
@@ -106,8 +112,7 @@ def train(config: RunConfig, world: World | None = None) -> dict[str, Any] | Non
                 logger.info("it is finished: test accuracy %.4f", summary["test_accuracy"])
                 return summary
             control.on_main(lambda: folder.open(config))
-            step, launches = session.progress.step, runtime.launches
-            control.on_main(lambda: attempts.begin(step, launches, restart, config.run.retries))
+            begin(session.progress.step)
             return _train_and_test(session, folder, checkpoints)
 
 

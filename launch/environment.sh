@@ -12,7 +12,7 @@
 # Variables that are set only where the caller has not: OMP_NUM_THREADS (the host's cores divided among its processes),
 # GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME (--interface), NCCL_DEBUG (WARN: errors with their reasons).
 
-checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+checkout=$(CDPATH="" cd -- "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 [ ! -x "$checkout/.venv/bin/python" ] || PATH=$checkout/.venv/bin:$PATH
 export PATH
 
@@ -26,7 +26,7 @@ overrides=()
 settings=() # NAME=VALUE of what this script has set, for the printed command
 
 refuse() { # MESSAGE: one line, exit code 2
-    printf '%s: error: %s\n' "$(basename "$0")" "$1" >&2
+    printf '%s: error: %s\n' "$(basename "$0")" "${1//[[:cntrl:]]/?}" >&2
     exit 2
 }
 
@@ -40,14 +40,20 @@ value_of() { # OPTION VALUE ...: sets value, and refuses an option without one
     value=$2
 }
 
-need_number() { # OPTION VALUE SMALLEST LARGEST
+need_number() { # OPTION VALUE SMALLEST LARGEST: sets value, without leading zeros, which arithmetic would read as octal
     if ! [[ $2 =~ ^[0-9]{1,6}$ ]] || ((10#$2 < $3 || 10#$2 > $4)); then
         refuse "$1 ($2) must be a whole number from $3 to $4"
     fi
+    value=$((10#$2))
 }
 
 need_host() { # OPTION VALUE: what goes into commands of other hosts and into addresses
-    [[ $2 =~ ^[A-Za-z0-9]([A-Za-z0-9._:-]*[A-Za-z0-9])?$ ]] || refuse "$1 ($2) must be the name or the address of a host"
+    [[ $2 =~ ^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$ || $2 =~ ^[0-9A-Fa-f]*:[0-9A-Fa-f]*:[0-9A-Fa-f:.]*$ ]] ||
+        refuse "$1 ($2) must be the name or the address of a host"
+}
+
+need_program() { # NAME REMEDY
+    [ $dry_run = 1 ] || command -v "$1" >/dev/null || refuse "$1 is not installed here: $2"
 }
 
 # Reads one shared option; sets used to the number of words it took, 0 where it is none.
@@ -99,7 +105,7 @@ num_gpus() {
     if [ $cpu = 1 ] || ! command -v nvidia-smi >/dev/null; then
         echo 0
     elif [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
-        tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true
+        tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -cE '^(GPU|MIG|[0-9])' || true # -1 stands for none
     else
         nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true
     fi
@@ -143,7 +149,7 @@ run_command() { # COMMAND ...: printed, so that it can be pasted, then run in th
         printf '%s\n' "${line% }"
         exit 0
     fi
+    need_program "$1" "run bash launch/setup.sh"
     printf '%s: %s\n' "$(basename "$0" .sh)" "${line% }" >&2
-    command -v "$1" >/dev/null || refuse "$1 is not installed here: run bash launch/setup.sh"
     exec "$@"
 }

@@ -2,7 +2,8 @@
 # Sets this checkout up in .venv: system packages, Python packages with exact versions, distmoe itself (editable).
 # Safe to run again: when nothing has changed it only checks and ends at once.
 #
-#   bash launch/setup.sh
+#   bash launch/setup.sh                    everything; asks for root's rights only if system packages are missing
+#   bash launch/setup.sh system-packages    only those, of which an image has a layer: the rest needs no such rights
 #
 # Settings (environment variables, all optional):
 #   PYTHON                   the interpreter to build .venv from (3.11 or 3.12); default: the first that works of
@@ -287,20 +288,37 @@ up_to_date() {
     [ -z "${PYTHON:-}" ] || [ "$(version_of "$PYTHON")" = "$(version_of "$VENV_PYTHON")" ]
 }
 
-main() {
-    [ -f "$CONSTRAINTS" ] || fail "DISTMOE_CONSTRAINTS=$CONSTRAINTS is not a file."
+already_set_up() {
+    up_to_date || return 1
+    say "up to date ($("$VENV_PYTHON" -V), extras: ${extras:-none})"
+}
+
+main() { # [system-packages]
+    case $*:$# in
+        :0 | system-packages:1) ;;
+        *) fail "unknown arguments: $*" "Allowed: none, or system-packages. Settings are environment variables." ;;
+    esac
     [ -z "${PYTHON:-}" ] || suitable "$PYTHON" || fail "PYTHON=$PYTHON does not run, or is not Python 3.11 or 3.12."
     [ "$WITHOUT_FFCV" = 0 ] || without_ffcv
+    if [ $# -gt 0 ]; then
+        find_python
+        ensure_system_packages
+        say "system packages: complete"
+        return
+    fi
+    [ -f "$CONSTRAINTS" ] || fail "DISTMOE_CONSTRAINTS=$CONSTRAINTS is not a file."
+    # Looking takes no lock, and so no right to write: an image, or a checkout of somebody else, is used as it is.
+    ! already_set_up || return 0
+    { [ -w . ] && { [ ! -e "$VENV" ] || [ -w "$VENV" ]; }; } ||
+        fail "$PWD/$VENV lacks some of the extras [$extras] or is out of date, and user $(id -u) may not change it." \
+            "Run this as its owner; in an image, build it with them: --build-arg DISTMOE_EXTRAS=$extras"
     # Two set-ups of one checkout would install into the same folder: the second waits, then finds the work done.
     exec 9>.setup.lock
     if command -v flock >/dev/null && ! flock -n 9; then
         say "another set-up of this checkout is running; waiting for it"
         flock 9
     fi
-    if up_to_date; then
-        say "up to date ($("$VENV_PYTHON" -V), extras: ${extras:-none})"
-        return
-    fi
+    ! already_set_up || return 0
     find_python
     ensure_system_packages
     ensure_venv
@@ -317,4 +335,4 @@ main() {
     say "ready in $SECONDS s. Activate it with: source $VENV/bin/activate"
 }
 
-main
+main "$@"

@@ -8,7 +8,8 @@
 #   bash launch/torchrun.sh --processes 2 doctor configs/smoke.yaml       look at the ranks instead of training
 #
 #   --hosts N | MIN:MAX  hosts; with MIN:MAX a run goes on with those that are there, and takes in others that come
-#   --master HOST[:PORT] the first host, by a name or an address that all hosts reach; it must outlive the run
+#   --master HOST[:PORT] the first host, by a name or an address that all hosts reach ([...] around an IPv6 one), and a
+#                        free port there; default 29400. It must outlive the run.
 #   --host-rank I        fixes the ranks of hosts: 0 on the master, 1, 2, ... elsewhere; not with MIN:MAX
 #   --restarts N         starts all processes again after a failure, N times at most; default 0, with MIN:MAX 3
 #   --id NAME            tells runs with one master from each other, the same on all hosts; default distmoe
@@ -17,9 +18,11 @@ set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-hosts=1
+hosts=""
 master=""
 host_rank=""
+fewest=1
+most=1
 restarts=""
 id=distmoe
 rendezvous=""
@@ -29,13 +32,22 @@ while [ $# -gt 0 ]; do
     case $1 in
         --hosts)
             value_of "$@"
-            [[ $value =~ ^[0-9]{1,4}(:[0-9]{1,4})?$ ]] || refuse "--hosts ($value) must be a number, or MIN:MAX"
-            hosts=$value
+            [[ $value =~ ^([0-9]{1,4}):([0-9]{1,4})$ || $value =~ ^([0-9]{1,4})()$ ]] ||
+                refuse "--hosts ($value) must be a whole number, or MIN:MAX"
+            fewest=$((10#${BASH_REMATCH[1]}))
+            most=$((10#${BASH_REMATCH[2]:-$fewest}))
+            ((1 <= fewest && fewest <= most)) || refuse "--hosts ($value) must be at least 1, and MIN at most MAX"
+            hosts=$fewest
+            [ "$fewest" = "$most" ] || hosts=$fewest:$most
             ;;
         --master)
             value_of "$@"
-            need_host "$1" "$value"
             master=$value
+            [[ $value =~ ^(\[([0-9A-Fa-f:.]+)\]|[^]:[]+)(:([0-9]+))?$ ]] ||
+                refuse "--master ($value) must be HOST or HOST:PORT, with [...] around an IPv6 address"
+            endpoint=("${BASH_REMATCH[@]}")
+            need_host "$1" "${endpoint[2]:-${endpoint[1]}}"
+            [ -z "${endpoint[3]}" ] || need_number "the port in --master" "${endpoint[4]}" 1 65535
             ;;
         --host-rank)
             value_of "$@"
@@ -64,9 +76,9 @@ while [ $# -gt 0 ]; do
 done
 read_run "$@"
 
-fewest=$((10#${hosts%:*}))
-most=$((10#${hosts#*:}))
-((1 <= fewest && fewest <= most)) || refuse "--hosts ($hosts) must be at least 1, and MIN at most MAX"
+# Without this, a host on which --hosts was forgotten would train a model of its own.
+[ -n "$hosts" ] || [ -z "$master$host_rank" ] || refuse "--master and --host-rank need --hosts: how many there are"
+: "${hosts:=1}"
 if [ "$most" -gt 1 ] && [ -z "$master" ]; then
     refuse "--hosts ($hosts) needs --master: the name or address of the first host"
 fi

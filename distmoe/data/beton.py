@@ -33,7 +33,7 @@ from distmoe.data.prepared import (
 from distmoe.data.split import Split, is_image_shape
 from distmoe.data.summary import describe, fingerprint
 
-__all__ = ["PreparedData", "PreparedSplit", "describe", "fingerprint", "prepare", "resident_data"]
+__all__ = ["PreparedData", "PreparedSplit", "describe", "fingerprint", "prepare", "resident_data", "sidecar_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def prepare(data: DataSection) -> PreparedData:
         UserError: The originals are missing or malformed, the folder cannot be written, the disk is full, or ffcv is
             needed and not installed. Nothing half-written remains.
     """
-    sidecar_path = _sidecar_path(data)
+    sidecar_path = sidecar_of(data)
     found = _find_whole(data, sidecar_path)
     if found is not None:
         return found
@@ -75,8 +75,8 @@ def resident_data(data: DataSection) -> tuple[PreparedData, dict[SplitName, Spli
     return _describe(data, splits), splits
 
 
-def _sidecar_path(data: DataSection) -> Path:
-    """``<folder>/<data set>-<hash of the settings that shape its content>.json``."""
+def sidecar_of(data: DataSection) -> Path:
+    """Where the side-car of prepared data is: ``FOLDER/DATA SET-HASH.json``, of the settings that shape its content."""
     settings: Mapping[str, object] = {}
     if data.name == "synthetic":
         settings = data.synthetic.model_dump()
@@ -93,7 +93,7 @@ def _beton_path(sidecar_path: Path, split: SplitName) -> Path:
 
 
 def _describe(data: DataSection, splits: Mapping[SplitName, Split]) -> PreparedData:
-    sidecar_path = _sidecar_path(data)
+    sidecar_path = sidecar_of(data)
     prepared = {}
     for name, split in splits.items():
         shape = split.inputs.shape[1:]

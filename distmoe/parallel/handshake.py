@@ -85,7 +85,8 @@ def _version(package: str) -> str:
 def _digest_of_sources() -> str:
     root = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
+    # What cannot be imported is an editor's: copies and locks, some of which are links to nowhere.
+    for path in sorted(path for path in root.rglob("*.py") if path.stem.isidentifier()):
         digest.update(f"{path.relative_to(root)}\0".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]

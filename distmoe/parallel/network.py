@@ -6,6 +6,7 @@ Nothing here listens on all addresses of a host: a store has no password, and wh
 import errno
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ipaddress import ip_address
@@ -15,6 +16,7 @@ import psutil
 from distmoe.contracts import UserError
 
 _INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+_POLL_S = 0.1
 
 
 def resolve(host: str, what: str) -> str:
@@ -29,9 +31,10 @@ def resolve(host: str, what: str) -> str:
     """
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: a part of the name is empty or too long
+        reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(
-            f"{what} ({host}): host {socket.gethostname()} does not know this name ({error.strerror or error}): "
+            f"{what} ({host}): host {socket.gethostname()} does not know this name ({reason}): "
             "correct it, give the address instead, or add the name to /etc/hosts"
         ) from None
     addresses = [str(entry[4][0]) for entry in sorted(found, key=lambda entry: entry[0] != socket.AF_INET)]
@@ -64,16 +67,21 @@ def own_address_towards(address: str) -> str:
 def reachable_address(host: str, what: str, several_hosts: bool) -> str:
     """The address at which this host, which ``host`` names, can be reached by all processes of a run.
 
-    ``GLOO_SOCKET_IFNAME`` decides where the name stands for a loopback address only, as on Debian it does for a host's
-    own name.
+    ``GLOO_SOCKET_IFNAME`` decides where a name stands for a loopback address only, as on Debian a host's own name does.
 
     Raises:
         UserError: There is no such address.
     """
     address = resolve(host, what)
+    if ip_address(address.partition("%")[0]).is_unspecified:
+        raise UserError(
+            f"{what} ({host}) stands for all addresses of a host, and whoever reaches one could end the run: give the "
+            "one that the processes use, 127.0.0.1 if they are all on one host"
+        )
     if not several_hosts or not is_loopback(address):
         return address
-    named = os.environ.get(_INTERFACE_VARIABLES[0], "").split(",")
+    # On other hosts, localhost or 127.0.0.1 is theirs, whatever the interface.
+    named = _named_interfaces() if host not in ("localhost", address) else []
     given = [own for own, name in interfaces().items() if name in named and not is_loopback(own)]
     if not given:
         raise UserError(
@@ -113,6 +121,24 @@ def listening_socket(address: str, port: int, what: str) -> socket.socket:
     return listener
 
 
+def await_listener(address: str, port: int, limit_s: float) -> OSError | None:
+    """Returns when somebody listens there: torch's own waiting prints a stack trace for each attempt.
+
+    Returns:
+        Why nobody was reached within ``limit_s`` seconds; None: somebody was.
+    """
+    give_up = time.monotonic() + limit_s
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=max(min(limit_s, 5.0), 1.0)).close()
+        except OSError as error:
+            if time.monotonic() > give_up:
+                return error
+        else:
+            return None
+        time.sleep(_POLL_S)
+
+
 @contextmanager
 def chosen_interface(master: str, several_hosts: bool) -> Iterator[None]:
     """Inside, process groups talk over the interface that leads to ``master``; variables that are set stay as they are.
@@ -123,7 +149,11 @@ def chosen_interface(master: str, several_hosts: bool) -> Iterator[None]:
     Args:
         master: Name or address of rank 0's host.
         several_hosts: Otherwise gloo stays inside the host, and NCCL is left alone.
+
+    Raises:
+        UserError: ``GLOO_SOCKET_IFNAME`` names an interface that is not here.
     """
+    _named_interfaces()
     own = own_address_towards(resolve(master, "MASTER_ADDR")) if several_hosts else "127.0.0.1"
     name = interfaces().get(own)
     chosen = {}
@@ -136,3 +166,21 @@ def chosen_interface(master: str, several_hosts: bool) -> Iterator[None]:
     finally:
         for variable in chosen:
             os.environ.pop(variable, None)
+
+
+def _named_interfaces() -> list[str]:
+    """Those that ``GLOO_SOCKET_IFNAME`` names.
+
+    Raises:
+        UserError: One of them is not here; gloo would fail, and say where in its sources.
+    """
+    variable = _INTERFACE_VARIABLES[0]
+    value, there = os.environ.get(variable, ""), set(interfaces().values())
+    named = [name for name in value.split(",") if name]
+    unknown = [name for name in named if name not in there]
+    if unknown:
+        raise UserError(
+            f"environment variable {variable} ({value}): host {socket.gethostname()} has no interface "
+            f"{', '.join(unknown)} with an address: set it to one of {', '.join(sorted(there))}, or unset it"
+        )
+    return named

@@ -126,6 +126,8 @@ def open_runtime(config: RunConfig, world: World | None = None) -> Iterator[Runt
     """
     world = world if world is not None else World.of_environment()
     limit_s = exchange_limit_s(config.parallel.timeout_s)
+    if world.launch is not None:  # before any waiting: who is left behind there would join the next run
+        stop_with_launcher()
     with ExitStack() as stack:
         heartbeat = None
         if world.size > 1:
@@ -150,8 +152,6 @@ def open_runtime(config: RunConfig, world: World | None = None) -> Iterator[Runt
         )
         stack.enter_context(_settings(runtime))
         stack.enter_context(runtime.stop.caught())
-        if world.launch is not None:
-            stop_with_launcher()
         yield runtime
 
 

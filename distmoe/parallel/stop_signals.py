@@ -66,7 +66,8 @@ class StopSignals:
             yield
         finally:
             for number, handler in previous.items():
-                signal.signal(number, handler)
+                if handler is not None:  # None: it was not set from Python, and cannot be put back
+                    signal.signal(number, handler)
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         del frame

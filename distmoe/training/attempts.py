@@ -6,13 +6,15 @@ A start without an end was killed.
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from distmoe.contracts import UserError
+from distmoe.parallel.control import Control
 from distmoe.parallel.endings import PeerFailureError, describe_error, first_line
 from distmoe.parallel.stop_signals import Interrupted
 
@@ -27,7 +29,7 @@ class Attempt:
         step: Where it began.
         launches: The launchers' processes, see :attr:`distmoe.parallel.launchers.Place.launch`.
         restart: Whether a launcher started it again, nobody else.
-        failure: Why it ended; None: it was stopped by a signal, and saved.
+        failure: Why it ended; None: it came to its end, or was stopped by a signal and saved.
     """
 
     step: int
@@ -51,14 +53,13 @@ class Attempts:
         """In order; lines that a crash has cut off are left out."""
         attempts: list[Attempt] = []
         with contextlib.suppress(OSError):
-            for line in self._path.read_text(encoding="utf-8").splitlines():
+            for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
                 with contextlib.suppress(ValueError, KeyError, TypeError):
                     values = json.loads(line)
                     if "step" in values:
                         attempts.append(Attempt(values["step"], tuple(values["launches"]), bool(values["restart"])))
-                    elif attempts:
-                        last = attempts.pop()
-                        attempts.append(Attempt(last.step, last.launches, last.restart, values["failure"]))
+                    elif attempts and attempts[-1].failure == _KILLED:  # of several ranks the first has the cause
+                        attempts[-1] = replace(attempts[-1], failure=values["failure"])
         return attempts
 
     def is_restart(self, launches: Sequence[str]) -> bool:
@@ -66,10 +67,11 @@ class Attempts:
         before = {launch for attempt in self.read() for launch in attempt.launches}
         return not before.isdisjoint(launches)
 
-    def begin(self, step: int, launches: Sequence[str], restart: bool, retries: int) -> None:
-        """Notes a start.
+    def begin(self, control: Control, step: int, launches: Sequence[str], restart: bool, retries: int) -> None:
+        """Notes a start, once: where the run has no folder yet, it is to be called again. Collective.
 
         Args:
+            control: Of all ranks; rank 0 writes.
             step: Where it begins.
             launches: The launchers' processes.
             restart: Whether a launcher has started the run again.
@@ -78,26 +80,33 @@ class Attempts:
         Raises:
             UserError: There were as many already, and each has failed without coming as far as a checkpoint.
         """
-        if restart:
-            self._refuse_loop(step, retries)
-        self._write({"time": time.time(), "step": step, "launches": list(launches), "restart": restart})
-        self._begun = True
+
+        def note() -> bool:
+            if restart:
+                self._refuse_loop(step, retries)
+            self._write({"time": time.time(), "step": step, "launches": list(launches), "restart": restart})
+            return self._path.exists()
+
+        self._begun = self._begun or control.on_main(note)
 
     @contextlib.contextmanager
     def ends_noted(self, rank: int) -> Iterator[None]:
-        """Inside, the error that ends this process is noted, unless it is another rank's."""
+        """Inside, how the attempt that has begun ends is noted: by the rank whose error it is, or by rank 0."""
+        failure: str | None = None
+        says = rank == 0
         try:
             yield
         except PeerFailureError:
+            says = False
             raise
         except Interrupted:
-            if self._begun:
-                self._write({"failure": None})
             raise
         except BaseException as error:
-            if self._path.exists():  # otherwise the run has not begun; nothing is left behind
-                self._write({"failure": f"rank {rank}: {first_line(describe_error(error))}"})
+            failure, says = f"rank {rank}: {first_line(describe_error(error))}", True
             raise
+        finally:
+            if says and self._begun:  # otherwise the folder is another attempt's, which may be running
+                self._write({"failure": failure})
 
     def _refuse_loop(self, step: int, retries: int) -> None:
         failures: list[str] = []
@@ -108,12 +117,14 @@ class Attempts:
             if not attempt.restart:
                 break
         if len(failures) > retries:
+            times = "once" if len(failures) == 1 else f"{len(failures)} times"
             raise UserError(
-                f"this run has been started {len(failures)} times from step {step} and has failed each time before its "
-                f"next checkpoint; the first time: {failures[-1]}. Mend that and go on with run.resume=true, or raise "
-                f"run.retries ({retries})"
+                f"this run has failed {times} from step {step}, without coming to its next checkpoint; the first time: "
+                f"{failures[-1]}. Mend that and go on with run.resume=true, or raise run.retries ({retries})"
             )
 
     def _write(self, values: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8") as file:  # a full disk stops nothing
-            file.write(json.dumps(values) + "\n")
+        with contextlib.suppress(OSError), self._path.open("ab+") as file:  # a full disk stops nothing
+            file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
+            cut_off = file.read() not in (b"", b"\n")  # what a full disk or a lost host has left
+            file.write((b"\n" if cut_off else b"") + json.dumps(values).encode() + b"\n")

@@ -13,7 +13,7 @@ import logging
 import platform
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from distmoe.contracts import DataSpec, UserError
 from distmoe.data.disk import flush
 from distmoe.parallel.control import Control
 from distmoe.parallel.shards import AVERAGE, WEIGHT, Piece
-from distmoe.training.integrity import DamagedCheckpointError, checksum_of, reading, unseen, verify
+from distmoe.training.integrity import DamagedCheckpointError, checksum_of, read_checksums, reading, unseen, verify
 from distmoe.training.tensor_files import Index, ModelTensors, PieceFiles, as_rows, merge, piece_file, write_pieces
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 2
 _TEMPORARY = ".writing-"
 _REPLACED = ".replaced-"
+_REMOVED = ".removed-"
 _ALWAYS = {"index.json", "state.json", "config.yaml"}
 
 
@@ -190,7 +191,7 @@ class CheckpointFolder:
     def _begin(self, target: Path, temporary: Path) -> None:
         with _writing(target):
             self.root.mkdir(parents=True, exist_ok=True)
-            for leftover in self.root.glob(f"{_TEMPORARY}*"):
+            for leftover in (*self.root.glob(f"{_TEMPORARY}*"), *self.root.glob(f"{_REMOVED}*")):
                 shutil.rmtree(leftover)
             temporary.mkdir()
 
@@ -233,7 +234,11 @@ class CheckpointFolder:
         kept = set(steps[-self.keep :]) | ({saved.best.step} if saved.best else set())
         for step in steps:
             if step not in kept:
-                shutil.rmtree(self.path(step), ignore_errors=True)
+                # Renamed first: a crash leaves nothing half removed under a checkpoint's name.
+                removed = self.root / f"{_REMOVED}step-{step}"
+                with suppress(OSError):
+                    self.path(step).rename(removed)
+                shutil.rmtree(removed, ignore_errors=True)
 
 
 def load_checkpoint(folder: Path, control: Control | None = None, needed: Needed = always) -> Checkpoint:
@@ -339,7 +344,7 @@ def _renaming(root: Path) -> Iterator[None]:
 def _read_description(folder: Path) -> tuple[TrainingState, Index, dict[str, str]]:
     """Of a checkpoint whose small files are whole, and the others there: state, index and checksums; rank 0."""
     with reading(folder):
-        checksums = json.loads((folder / "checksums.json").read_text())
+        checksums = read_checksums(folder)
         verify(folder, checksums, ["state.json"])
         values = json.loads((folder / "state.json").read_text())
         if values["format"] != FORMAT:

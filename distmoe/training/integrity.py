@@ -1,6 +1,7 @@
 """Whether a checkpoint is whole: checksums, what is damage and what is not, and what has reached the disk."""
 
 import hashlib
+import json
 import platform
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -37,6 +38,22 @@ def reading(folder: Path) -> Iterator[None]:
         if isinstance(error, UserError):
             raise
         raise DamagedCheckpointError(f"checkpoint {folder}: cannot be read ({error}); use another") from None
+
+
+def read_checksums(folder: Path) -> dict[str, str]:
+    """The checksums of a checkpoint's files, by name.
+
+    Raises:
+        DamagedCheckpointError: They are damaged themselves.
+        OSError: They cannot be read.
+    """
+    try:
+        checksums = json.loads((folder / "checksums.json").read_text(encoding="utf-8"))
+        if not isinstance(checksums, dict):
+            raise ValueError("it is no table")
+    except ValueError as error:  # of what is no UTF-8 or no JSON, too
+        raise DamagedCheckpointError(f"checkpoint {folder}: checksums.json is damaged ({error}); use another") from None
+    return checksums
 
 
 def verify(folder: Path, checksums: Mapping[str, str], names: Iterable[str], rank: int = 0) -> None:

@@ -150,7 +150,7 @@ def test_missing_and_truncated_files_are_detected(tmp_path, name, left):
     assert "step-1" in str(caught.value)
     if left == "none":
         assert f"{name} is missing" in str(caught.value)
-    elif name != "checksums.json":
+    else:
         assert f"{name} is damaged" in str(caught.value)
 
 
@@ -292,6 +292,28 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path):
     assert folder.steps() == [4, 6, 7]
     for step in folder.steps():
         assert load_checkpoint(folder.path(step)).state.progress.step == step
+
+
+def test_a_removal_that_was_cut_off_leaves_nothing_under_a_checkpoints_name(tmp_path, monkeypatch):
+    folder = CheckpointFolder(tmp_path, keep=1)
+    save(folder, 1)
+
+    class Killed(BaseException):
+        pass
+
+    def killed_amid(path, **_):
+        if path.exists():
+            (path / "state.json").unlink()
+            raise Killed
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", killed_amid)
+    with pytest.raises(Killed):
+        save(folder, 2)
+    monkeypatch.undo()
+    assert len(list(tmp_path.iterdir())) == 2  # something was left
+    assert [load_checkpoint(folder.path(step)).state.progress.step for step in folder.steps()] == [2]
+    save(folder, 3)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-3"]
 
 
 def test_a_run_that_goes_on_from_before_damaged_ones_keeps_what_it_saves(tmp_path):
