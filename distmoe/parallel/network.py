@@ -17,6 +17,7 @@ from distmoe.contracts import UserError
 
 _INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _POLL_S = 0.1
+_UNKNOWN_NAME_S = 5.0  # name servers may be late, but not for the whole of a time limit
 
 
 def resolve(host: str, what: str) -> str:
@@ -125,14 +126,15 @@ def await_listener(address: str, port: int, limit_s: float) -> OSError | None:
     """Returns when somebody listens there: torch's own waiting prints a stack trace for each attempt.
 
     Returns:
-        Why nobody was reached within ``limit_s`` seconds; None: somebody was.
+        Why nobody was reached within ``limit_s`` seconds, or a few where the name is not known; None: somebody was.
     """
-    give_up = time.monotonic() + limit_s
+    started = time.monotonic()
     while True:
         try:
             socket.create_connection((address, port), timeout=max(min(limit_s, 5.0), 1.0)).close()
         except OSError as error:
-            if time.monotonic() > give_up:
+            patience_s = _UNKNOWN_NAME_S if isinstance(error, socket.gaierror) else limit_s
+            if time.monotonic() > started + min(patience_s, limit_s):
                 return error
         else:
             return None

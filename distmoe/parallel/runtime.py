@@ -294,7 +294,9 @@ def _groups(
         )
     group = dist.new_group(backend="gloo", timeout=limit) if device.type == "cuda" else None
     control = Control(world.rank, world.size, group, heartbeat)
-    if not control.equal(zlib.crc32(config_to_yaml(config).encode())):
+    # A host whose launcher was started again may have been told to resume; the others' may restart without a word.
+    alike = config.model_copy(update={"run": config.run.model_copy(update={"resume": False})})
+    if not control.equal(zlib.crc32(config_to_yaml(alike).encode())):
         raise UserError(
             "the ranks have been started with different configurations: start all with the same file and overrides"
         )

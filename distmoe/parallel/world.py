@@ -6,7 +6,6 @@ is opened before any process group, and carries what must be said when no exchan
 
 import os
 import socket
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,10 +16,7 @@ import torch.distributed as dist
 from distmoe.contracts import UserError
 from distmoe.parallel.endings import first_line
 from distmoe.parallel.launchers import Place, read_place
-from distmoe.parallel.network import listening_socket, reachable_address
-
-_POLL_S = 0.1
-_UNKNOWN_NAME_S = 5.0  # name servers may be late, but not for the whole of a time limit
+from distmoe.parallel.network import await_listener, listening_socket, reachable_address
 
 
 @dataclass(frozen=True)
@@ -90,24 +86,15 @@ class World(Place):
 
 
 def _await_server(address: str, port: int, limit_s: float, rank: int) -> None:
-    """Returns when somebody listens: torch's own waiting prints a stack trace for each attempt."""
-    started = time.monotonic()
-    while True:
-        try:
-            socket.create_connection((address, port), timeout=max(min(limit_s, 5.0), 1.0)).close()
-        except socket.gaierror as error:
-            if time.monotonic() > started + min(limit_s, _UNKNOWN_NAME_S):
-                raise UserError(
-                    f"rank {rank}: host {socket.gethostname()} does not know the name in MASTER_ADDR ({address}: "
-                    f"{error.strerror}): correct it, give the address instead, or add the name to /etc/hosts"
-                ) from None
-        except OSError as error:
-            if time.monotonic() > started + limit_s:
-                raise UserError(
-                    f"rank {rank}: nobody answers at MASTER_ADDR ({address}), MASTER_PORT ({port}) for {limit_s:g} s "
-                    f"({error.strerror or error}): rank 0 has not started or has ended, the address is not its own, or "
-                    "a firewall is between; start all processes, or set parallel.timeout_s to wait longer"
-                ) from None
-        else:
-            return
-        time.sleep(_POLL_S)
+    error = await_listener(address, port, limit_s)
+    if isinstance(error, socket.gaierror):
+        raise UserError(
+            f"rank {rank}: host {socket.gethostname()} does not know the name in MASTER_ADDR ({address}: "
+            f"{error.strerror}): correct it, give the address instead, or add the name to /etc/hosts"
+        )
+    if error is not None:
+        raise UserError(
+            f"rank {rank}: nobody answers at MASTER_ADDR ({address}), MASTER_PORT ({port}) for {limit_s:g} s "
+            f"({error.strerror or error}): rank 0 has not started or has ended, the address is not its own, or a "
+            "firewall is between; start all processes, or set parallel.timeout_s to wait longer"
+        )
