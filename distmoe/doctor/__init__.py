@@ -137,7 +137,7 @@ def _after_a_launcher(question: Question, world: World) -> Iterator[Section]:
     with open_runtime(config, world) as runtime:
         hosts = runtime.control.gather(platform.node())
         findings = runtime.control.gather([finding for section in own for finding in section.findings])
-        skews = runtime.control.gather(measure_ranks(runtime.control))[-1]
+        skews = runtime.control.gather(measure_ranks(runtime.control))[0]
     if world.rank != 0:
         yield Section(f"machine {hosts[0]}", findings[0])
     for rank in range(world.ranks_per_host, world.size, world.ranks_per_host):

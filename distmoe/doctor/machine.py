@@ -95,9 +95,7 @@ def _open_files(world_size: int) -> Finding:
             f"the limit cannot be raised beyond {hard} here: nofile in /etc/security/limits.conf, LimitNOFILE= of a "
             f"service, docker run --ulimit nofile={needed}"
         )
-    found = (
-        f"at most {soft}; each of {plural(world_size, 'rank')} holds connections to the others, up to {needed} files"
-    )
+    found = f"at most {soft}; in a run of {plural(world_size, 'rank')} each may need {needed}, with its connections"
     return warn("open files", found, remedy)
 
 

@@ -7,7 +7,7 @@ import socket
 import psutil
 
 from distmoe.contracts import UserError
-from distmoe.doctor.findings import Finding, Level, fail, ok, warn
+from distmoe.doctor.findings import Finding, fail, ok, warn
 from distmoe.parallel.network import interfaces, is_loopback, resolve
 
 _HOSTS_FILE = "/etc/hosts"
@@ -30,17 +30,16 @@ def reachable_interfaces() -> list[str]:
 
 
 def _own_name(several_hosts: bool) -> Finding:
-    """As what other hosts, and this one itself, take its name."""
+    """What this host takes its own name for: at worst a warning, since a run goes by the first host's name alone."""
     subject, name = "host name", platform.node()
-    bad: Level = "fail" if several_hosts else "warn"
     mend = f"a line `ADDRESS {name}` in {_HOSTS_FILE}, with this host's address in the network"
     try:
         address = resolve(name, subject)
     except UserError:
-        return Finding(bad, subject, f"{name} stands for no address here", mend)
+        return warn(subject, f"{name} stands for no address here", mend)
     if not is_loopback(address):
         if address not in interfaces():
-            return Finding(bad, subject, f"{name} stands for {address}, which is not an address of this host", mend)
+            return warn(subject, f"{name} stands for {address}, which is not an address of this host", mend)
         return ok(subject, f"{name}, {address}")
     if not several_hosts:
         return ok(subject, f"{name}, {address}: a loopback address, enough for one host")

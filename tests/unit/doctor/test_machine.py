@@ -120,7 +120,7 @@ def test_open_files_for_the_connections_of_a_run(monkeypatch: pytest.MonkeyPatch
     assert examined("open files", world_size=96) == ok("open files", "at most 1024")  # 256 + 8 x 96
     assert examined("open files", world_size=97) == warn(
         "open files",
-        "at most 1024; each of 97 ranks holds connections to the others, up to 1032 files",
+        "at most 1024; in a run of 97 ranks each may need 1032, with its connections",
         "ulimit -n 1032, in the shell or script that launches",
     )
     assert examined("open files", world_size=512).remedy == (
