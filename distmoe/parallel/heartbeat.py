@@ -298,7 +298,8 @@ class Heartbeat:
                 seen = seen or now
                 self._end_for_main_thread(self.ending, now - seen)
             elif self._unreachable_since is not None and now - self._unreachable_since > self._limit_s:
-                self._end_process(LostRanksError(_STORE_GONE))
+                ending = self._without_store(LostRanksError(_STORE_GONE))
+                self._end_process(ending if isinstance(ending, LostRanksError) else None)
             self._stop.wait(BEAT_S if self._joined and seen is None else BEAT_S / 10)
 
     def _beat(self) -> bool:

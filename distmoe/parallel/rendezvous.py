@@ -14,7 +14,6 @@ import os
 import re
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch.distributed as dist
@@ -25,17 +24,17 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handl
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from distmoe.contracts import UserError
-from distmoe.parallel.endings import first_line, say
+from distmoe.parallel.endings import say
 from distmoe.parallel.network import (
     await_listener,
     interfaces,
     is_loopback,
-    listening_socket,
     own_address_towards,
     reachable_address,
     resolve,
 )
 from distmoe.parallel.signs import listed
+from distmoe.parallel.store import NoStoreError, reach_store, serve_store
 
 _NAME = "distmoe"
 _DEFAULT_PORT = 29400
@@ -184,30 +183,21 @@ def _fixed_rank(params: RendezvousParameters) -> int | None:
 
 def _open_store(address: str, port: int, serves: bool, params: RendezvousParameters) -> Any:
     limit_s = _seconds(params, "read_timeout", _READ_S)
-    place, listener = f"{_ENDPOINT} ({params.endpoint})", None
-    if serves:
-        listener = listening_socket(address, port, place)
-        port = listener.getsockname()[1]
-    else:
+    place = f"{_ENDPOINT} ({params.endpoint})"
+    try:
+        if serves:
+            return serve_store(address, port, limit_s, place)
         error = await_listener(address, port, limit_s)
         if error is not None:
             raise UserError(
                 f"{place}: nobody serves it for {limit_s} s ({error.strerror or error}): start the first host too, "
                 "give its address and a free port there, and look for a firewall between"
             )
-    try:
-        return dist.TCPStore(  # type: ignore[attr-defined]
-            address,
-            port,
-            is_master=serves,
-            multi_tenant=True,
-            timeout=timedelta(seconds=limit_s),
-            master_listen_fd=listener.detach() if listener is not None else None,
-        )
-    except (RuntimeError, ValueError) as error:  # dist.DistError is a RuntimeError
+        return reach_store(address, port, limit_s)
+    except NoStoreError as error:
         raise UserError(
-            f"{place}: what listens there is no store ({first_line(str(error))}): another program has the port; choose "
-            "a free one of the first host, the same on all"
+            f"{place}: what listens there is no store ({error}): another program has the port; choose a free one of "
+            "the first host, the same on all"
         ) from None
 
 

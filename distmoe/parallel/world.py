@@ -8,15 +8,12 @@ import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
-import torch.distributed as dist
-
 from distmoe.contracts import UserError
-from distmoe.parallel.endings import first_line
 from distmoe.parallel.launchers import Place, read_place
-from distmoe.parallel.network import await_listener, listening_socket, reachable_address
+from distmoe.parallel.network import await_listener, reachable_address
+from distmoe.parallel.store import NoStoreError, reach_store, serve_store
 
 
 @dataclass(frozen=True)
@@ -61,27 +58,17 @@ class World(Place):
             return self.store
         assert self.master is not None, "several processes have a master"
         address, port = self.master
-        listener = None
-        if self.serves_store:
-            named = f"MASTER_ADDR ({address}), MASTER_PORT ({port})"
-            address = reachable_address(address, "MASTER_ADDR", self.several_hosts)
-            listener = listening_socket(address, port, named)
-        else:
-            _await_server(address, port, limit_s, self.rank)
+        named = f"MASTER_ADDR ({address}), MASTER_PORT ({port})"
         try:
-            return dist.TCPStore(  # type: ignore[attr-defined]
-                address,
-                port,
-                is_master=self.serves_store,
-                timeout=timedelta(seconds=limit_s),
-                wait_for_workers=False,
-                multi_tenant=True,
-                master_listen_fd=listener.detach() if listener is not None else None,
-            )
-        except (RuntimeError, ValueError) as error:  # dist.DistError is a RuntimeError
+            if self.serves_store:
+                own = reachable_address(address, "MASTER_ADDR", self.several_hosts)
+                return serve_store(own, port, limit_s, named)
+            _await_server(address, port, limit_s, self.rank)
+            return reach_store(address, port, limit_s)
+        except NoStoreError as error:
             raise UserError(
-                f"rank {self.rank}: the store at MASTER_ADDR ({address}), MASTER_PORT ({port}) cannot be opened "
-                f"({first_line(str(error))}); choose a free port, the same for all processes, and rank 0's address"
+                f"rank {self.rank}: the store at {named} cannot be opened ({error}): another program has the port; "
+                "choose a free one, the same for all processes, and rank 0's address"
             ) from None
 
 

@@ -35,13 +35,21 @@ NO_STORE = {
     "unknown name": (3, 4, "no.such.host.invalid", 1, "does not know the name in MASTER_ADDR (no.such.host.invalid: "),
     "unknown name of its own": (0, 4, "no.such.host.invalid", 1, "MASTER_ADDR (no.such.host.invalid): host"),
     "taken port": (0, 4, "127.0.0.1", 0, "the port is taken by another program: choose a free one"),
+    "another program that says nothing": (
+        3,
+        4,
+        "127.0.0.1",
+        0,
+        "cannot be opened (it does not answer): another program",
+    ),
     "another host's address": (0, 4, "192.0.2.1", 29500, "192.0.2.1 is not an address of host"),
     "loopback address for others": (0, 2, "localhost", 29500, "MASTER_ADDR (localhost) is a loopback address on host"),
 }
 
 
 @pytest.mark.parametrize("case", NO_STORE)
-def test_store_that_cannot_be_opened(case: str, taken: int):
+def test_store_that_cannot_be_opened(case: str, taken: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("distmoe.parallel.store._ANSWER_S", 0.2)
     rank, ranks_per_host, address, port, message = NO_STORE[case]
     world = World(rank, 4, rank % ranks_per_host, ranks_per_host, master=(address, port or taken))
     with pytest.raises(UserError, match=re.escape(message)):
