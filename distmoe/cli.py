@@ -70,7 +70,9 @@ Run = Annotated[Path, typer.Argument(help="Folder of a trained run, e.g. runs/sm
 
 @app.callback()
 def accept_local_rank(
-    local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,
+    local_rank: Annotated[
+        int | None, typer.Option("--local_rank", help="From the deepspeed launcher; not used.")
+    ] = None,
 ) -> None:
     """Takes what the deepspeed launcher puts before the command; LOCAL_RANK says the same."""
     del local_rank

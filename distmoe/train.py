@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +96,10 @@ def train(config: RunConfig, world: World | None = None) -> dict[str, Any] | Non
         config.check_trainable()
         control = runtime.control
         restart = runtime.restarts > 0 or control.on_main(lambda: attempts.is_restart(runtime.launches))
-        resume = config.run.resume or restart
+        resume = restart or control.largest([config.run.resume]) > [0.0]  # one host's launcher may be told so alone
         control.on_main(lambda: folder.check_free(resume))
         checkpoints = folder.checkpoints(config.run.keep_checkpoints)
-
-        def begin(step: int) -> None:
-            attempts.begin(control, step, runtime.launches, restart, config.run.retries)
-
+        begin = partial(attempts.begin, control, launches=runtime.launches, restart=restart, retries=config.run.retries)
         if restart:  # from here on, since a process may be killed while it loads
             begin(control.on_main(lambda: max(checkpoints.steps(), default=0)))
         with open_session(config, runtime) as session, ExitStack() as stack:

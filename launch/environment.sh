@@ -10,7 +10,7 @@
 #   --help            print the head of the script
 #
 # Variables that are set only where the caller has not: OMP_NUM_THREADS (the host's cores divided among its processes),
-# GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME (--interface), NCCL_DEBUG (WARN: errors with their reasons).
+# TORCH_CPP_LOG_LEVEL (ERROR), GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME (--interface), NCCL_DEBUG (WARN: errors with their reasons).
 
 checkout=$(CDPATH="" cd -- "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 [ ! -x "$checkout/.venv/bin/python" ] || PATH=$checkout/.venv/bin:$PATH
@@ -136,6 +136,7 @@ choose_settings() { # after all options are read
     local cores
     cores=$(nproc)
     use OMP_NUM_THREADS $((cores > processes ? cores / processes : 1))
+    use TORCH_CPP_LOG_LEVEL ERROR # otherwise launchers print a stack trace for every connection that breaks
     if [ -n "$interface" ]; then
         use GLOO_SOCKET_IFNAME "$interface"
         use NCCL_SOCKET_IFNAME "$interface"

@@ -126,7 +126,8 @@ def test_command_of_options(machine: Machine, options: list[str], expected: str)
     arguments = ["--dry-run", "--cpu", "--hostfile", hosts, *options, machine.config, "seed=1"]
     result = machine.run("deepspeed", *arguments, MLFLOW_TOKEN="s3cret")
     assert (result.returncode, result.stderr) == (0, "")
-    before = f"CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS={CORES // 2} DS_ACCELERATOR=cpu DISTMOE_WORLD_SIZE=4 "
+    before = f"CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS={CORES // 2} TORCH_CPP_LOG_LEVEL=ERROR "
+    before += "DS_ACCELERATOR=cpu DISTMOE_WORLD_SIZE=4 "
     before += "env -u MLFLOW_TOKEN DS_ENV_FILE=/dev/fd/9 deepspeed --no_local_rank "
     after = f" env CUDA_VISIBLE_DEVICES= {machine.python} -u -m distmoe train {machine.config} seed=1"
     expected = expected.format(kind="--no_python", hosts=hosts)

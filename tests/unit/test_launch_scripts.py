@@ -12,12 +12,13 @@ TORCHRUN = "torchrun --nnodes {nodes} --nproc-per-node {each} --max-restarts {re
 LOCAL = "--rdzv-endpoint 127.0.0.1:0 --rdzv-id distmoe"
 MODULE = "--module distmoe"
 CPU = "CUDA_VISIBLE_DEVICES="
+SHARED = "OMP_NUM_THREADS={threads} TORCH_CPP_LOG_LEVEL=ERROR"
 PATIENCE = "keep_alive_interval=2,keep_alive_max_attempt=5,last_call_timeout=10"
 ACCELERATE = (
     "accelerate launch --config_file {checkout}/launch/accelerate.yaml --mixed_precision no --dynamo_backend no"
 )
-ACCELERATE_CPU = f"{CPU} OMP_NUM_THREADS={{threads}} ACCELERATE_USE_CPU=true DISTMOE_WORLD_SIZE={{size}} {ACCELERATE}"
-DEEPSPEED_CPU = f"{CPU} OMP_NUM_THREADS={{threads}} DS_ACCELERATOR=cpu DISTMOE_WORLD_SIZE={{size}} deepspeed"
+ACCELERATE_CPU = f"{CPU} {SHARED} ACCELERATE_USE_CPU=true DISTMOE_WORLD_SIZE={{size}} {ACCELERATE}"
+DEEPSPEED_CPU = f"{CPU} {SHARED} DS_ACCELERATOR=cpu DISTMOE_WORLD_SIZE={{size}} deepspeed"
 ONE_HOST = "--hostfile /dev/null/none --no_local_rank --master_port {port}"
 ON_CPU = "--no_python env CUDA_VISIBLE_DEVICES= {python} -u -m distmoe"
 
@@ -28,7 +29,7 @@ def machine(tmp_path: Path) -> Machine:
 
 
 def torchrun(nodes: str, each: int, restarts: int = 0, *, size: int | None = None, before: str = "") -> str:
-    settings = f"{CPU} OMP_NUM_THREADS={max(CORES // each, 1)} {before}"
+    settings = f"{CPU} {SHARED.format(threads=max(CORES // each, 1))} {before}"
     if size is not None:
         settings += f"DISTMOE_WORLD_SIZE={size} "
     return settings + TORCHRUN.format(nodes=nodes, each=each, restarts=restarts)

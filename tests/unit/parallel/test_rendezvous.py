@@ -107,11 +107,11 @@ def test_two_hosts_meet_on_the_address_of_the_endpoint(open_on: Open, port: int)
 
 def test_host_that_joins_later_is_taken_in(open_on: Open, port: int):
     # A short read_timeout: with torch's own store for all rounds the newcomer waits for an address for that long.
-    conf = {"last_call_timeout": "1", "read_timeout": "3", "join_timeout": "30"}
-    first = open_on(FIRST, parameters(f"{FIRST}:{port}", (1, 2), **conf))
+    conf = {"read_timeout": "3", "join_timeout": "30"}
+    first = open_on(FIRST, parameters(f"{FIRST}:{port}", (1, 2), last_call_timeout="1", **conf))
     (alone,) = round_of(first)
     assert (alone.rank, alone.world_size) == (0, 1)
-    second = open_on(SECOND, parameters(f"{FIRST}:{port}", (1, 2), **conf))
+    second = open_on(SECOND, parameters(f"{FIRST}:{port}", (1, 2), last_call_timeout="30", **conf))
     with ThreadPoolExecutor(1) as threads:
         newcomer = threads.submit(second.next_rendezvous)
         joined = alone
