@@ -1,6 +1,7 @@
 """Runs a tiny training on several processes of which one fails on purpose: exit codes, common log, times."""
 
 import errno
+import importlib.metadata
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -19,6 +20,7 @@ from distmoe import cli
 from distmoe.contracts import UserError
 from distmoe.data.loaders.resident import ResidentLoader
 from distmoe.models.convnet import ConvNet
+from distmoe.parallel import handshake, runtime
 from distmoe.parallel.endings import say
 from distmoe.parallel.engines.replicas import ReplicasEngine
 from distmoe.parallel.heartbeat import BEAT_S
@@ -32,6 +34,7 @@ from tests.runs import tiny_config
 
 STEP = 3  # the fault comes in this step, counted from 1
 LIMIT_S = 90.0
+OTHER_TORCH, OTHER_SOURCES = "2.0.1", "0123456789ab"
 
 Fault = Callable[[], None]
 
@@ -165,6 +168,29 @@ def _in_batch(note: Fault) -> None:
     ResidentLoader.batches = batches  # type: ignore[method-assign]
 
 
+def _runs_other_torch(note: Fault) -> None:
+    """As on a host that was not updated."""
+    real = importlib.metadata.version
+    importlib.metadata.version = lambda package: OTHER_TORCH if package == "torch" else real(package)
+    _tells_of_exchanges(note)
+
+
+def _runs_other_sources(note: Fault) -> None:
+    handshake._digest_of_sources = lambda: OTHER_SOURCES  # type: ignore[assignment]
+    _tells_of_exchanges(note)
+
+
+def _does_not_say_what_it_runs(note: Fault) -> None:
+    """As versions before there was a handshake."""
+    runtime.publish_build = lambda store, rank: None
+    _tells_of_exchanges(note)
+
+
+def _tells_of_exchanges(note: Fault) -> None:
+    note()
+    _in_call(torch.distributed, "init_process_group", 1, lambda: say("distmoe: it begins to exchange"))
+
+
 # Every model is called once before training, to count its work.
 FAULTS: dict[str, Callable[[Fault], None]] = {
     "forward": lambda note: _in_call(ConvNet, "forward", STEP + 1, _raises(KeyError("planted"), note)),
@@ -178,5 +204,8 @@ FAULTS: dict[str, Callable[[Fault], None]] = {
     "stopped saving": lambda note: _in_call(checkpoint, "write_pieces", 1, _stops_at_work(note)),
     "interrupted": lambda note: _in_call(ConvNet, "forward", STEP + 1, _signals(signal.SIGINT, note)),
     "interrupted early": lambda note: _in_call(checkpoint.CheckpointFolder, "newest", 1, _signals(signal.SIGINT, note)),
+    "other torch": _runs_other_torch,
+    "other sources": _runs_other_sources,
+    "silent": _does_not_say_what_it_runs,
     "not there": lambda note: _raises(SystemExit(0), note)(),
 }

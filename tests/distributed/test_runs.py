@@ -35,7 +35,8 @@ def _check_runs(data: Path, folder: Path) -> dict[str, Any]:
     """What ``train`` gives for each case, and for the parts."""
     SummaryWriter.add_figure = lambda *args, **kwargs: None  # type: ignore[method-assign]  # drawing takes longest
     rank, size = dist.get_rank(), dist.get_world_size()
-    parts = {name: (*CASES["whole"], stop, "run.name=parts", "run.resume=true") for name, stop in PARTS.items()}
+    resume = f"run.resume={str(rank > 0).lower()}"  # of a host whose launcher was started again, and of no other
+    parts = {name: (*CASES["whole"], stop, "run.name=parts", resume) for name, stop in PARTS.items()}
     summaries = {}
     for name, overrides in (CASES | parts).items():
         config = tiny_config(data, folder, f"run.name={name.split()[0]}", *overrides)

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 FIRST_STEP = 8  # by then there are checkpoints
 STEPS_APART = 8
 LAST_STEPS = 25  # after the last fault: it must not come when the training is over
+SHARE_WHILE_SAVING = 0.3
 NOTICE_S = 2.0  # besides the time limit: signs of life are written and read twice a second
 OURS = re.compile(rf'File "{re.escape(str(REPOSITORY))}/distmoe/|^(Exception (in|ignored)|terminate called|Fatal )')
 
@@ -85,6 +86,7 @@ def draw(number: int, num_faults: int, kinds: Sequence[str], num_hosts: int, num
             kind=kind,
             step=step,
             delay_ms=dice.randrange(300),
+            while_saving=dice.random() < SHARE_WHILE_SAVING,
             rank=dice.randrange(num_ranks),
             host=dice.randrange(num_hosts),
             lasts_s=round(dice.uniform(*KINDS[kind].lasts_s), 2),
@@ -126,12 +128,14 @@ def _strike(run: SupervisedRun, fault: Fault) -> Recovery:
     ready = f"step {fault.step} by {run.num_ranks} ranks"
     run.wait_until(lambda: run.step >= fault.step and len(run.ranks()) == run.num_ranks, ready)
     time.sleep(fault.delay_ms / 1000)
+    if fault.while_saving:
+        run.wait_until(lambda: _is_saving(run), "checkpoint", pause_s=0.001)
     run.poll()
     run.lines.clear()
     run.victims.clear()
     watched = list(run.ranks().values())
     checkpoints, starts = checkpoint_steps(run.folder), run.starts
-    recovery = Recovery(fault, run.step, any(run.folder.checkpoints().root.glob(".writing-*")))
+    recovery = Recovery(fault, run.step, _is_saving(run))
     struck = time.monotonic()
     script = kind.strike(run, fault, recovery.damage)
     over, looked_at = False, False
@@ -155,6 +159,10 @@ def _strike(run: SupervisedRun, fault: Fault) -> Recovery:
     recovery.resumed_at = run.started_at if recovery.starts else None
     _check(run, recovery, checkpoints)
     return recovery
+
+
+def _is_saving(run: SupervisedRun) -> bool:
+    return any(run.folder.checkpoints().root.glob(".writing-*"))
 
 
 def _has_gone_on(run: SupervisedRun, recovery: Recovery, unnoticed: bool) -> bool:

@@ -34,6 +34,7 @@ class Fault:
         kind: One of :data:`KINDS`.
         step: It comes when this step is done, or a later one where the training has not got over the fault before.
         delay_ms: So much later.
+        while_saving: Then as soon as a checkpoint is being written.
         rank: Whom it hits.
         host: Where, counted from 0.
         lasts_s: How long something is away that comes back.
@@ -43,6 +44,7 @@ class Fault:
     kind: str
     step: int
     delay_ms: int
+    while_saving: bool
     rank: int
     host: int
     lasts_s: float

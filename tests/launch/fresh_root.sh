@@ -190,6 +190,7 @@ checkout() {
 
 inside() { # PROOF ...: in the namespaces; WORK is the folder to use
     local proof
+    unset TMPDIR # a folder out here: programs inside would look for it
     apt_sources >"$WORK/sources.list"
     [ -s "$WORK/sources.list" ] || skip "apt's sources here have no $SUITE"
     apt_options >"$WORK/apt.conf"
@@ -212,7 +213,7 @@ inside() { # PROOF ...: in the namespaces; WORK is the folder to use
 }
 
 main() {
-    local proofs=("$@") proof tool child free_gb
+    local proofs=("$@") proof tool free_gb
     [ $# -gt 0 ] || proofs=(image checkout)
     for proof in "${proofs[@]}"; do
         [[ $proof == image || $proof == checkout ]] || {
@@ -237,7 +238,7 @@ main() {
     # the folder out here cannot reach what was bound inside.
     WORK=$WORK unshare --mount --propagation private --pid --fork --kill-child --mount-proc \
         bash "${BASH_SOURCE[0]}" --inside "${proofs[@]}" &
-    child=$!
+    child=$! # not local: the trap outlives this function
     trap 'kill -KILL $child 2>/dev/null || true; wait $child 2>/dev/null || true; rm -rf --one-file-system "$WORK"' EXIT
     trap 'exit 130' INT
     trap 'exit 143' TERM

@@ -200,17 +200,22 @@ class SupervisedRun:
         for launcher in failed:
             launcher.start("run.resume=true")
 
-    def wait_until(self, reached: Callable[[], bool], what: str, limit_s: float = RECOVERY_S) -> None:
+    def wait_until(self, reached: Callable[[], bool], what: str, pause_s: float = POLL_S) -> None:
         """Polls until ``reached()``.
+
+        Args:
+            reached: Whether it is there.
+            what: It, for the message.
+            pause_s: Between two looks.
 
         Raises:
             AssertionError: The time is over; the message says what was waited for, and holds the log's end.
         """
-        give_up = time.monotonic() + limit_s
+        give_up = time.monotonic() + RECOVERY_S
         while not reached():
             self.poll()
-            assert time.monotonic() < give_up, f"no {what} within {limit_s:g} s\n{self.tail()}"
-            time.sleep(POLL_S)
+            assert time.monotonic() < give_up, f"no {what} within {RECOVERY_S:g} s\n{self.tail()}"
+            time.sleep(pause_s)
 
     def tail(self) -> str:
         """The last lines of the log, and the processes that are there."""

@@ -94,11 +94,11 @@ class Training:
 
 
 TRAININGS = {
-    "replicas": Training(REPLICAS, 1, 26),
-    "replicas again": Training(REPLICAS, 1, 26),
-    "experts": Training(EXPERTS, 1, 13),
-    "replicas on two hosts": Training(REPLICAS, 2, 26),
-    "experts on two hosts": Training(EXPERTS, 2, 13),
+    "replicas": Training(REPLICAS, 1, 28),
+    "replicas again": Training(REPLICAS, 1, 28),
+    "experts": Training(EXPERTS, 1, 14),
+    "replicas on two hosts": Training(REPLICAS, 2, 22),
+    "experts on two hosts": Training(EXPERTS, 2, 18),
 }
 
 

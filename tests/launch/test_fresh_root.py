@@ -1,5 +1,6 @@
 """The Dockerfile and the README's first two commands in fresh Debian roots: 10 to 20 minutes, by hand (``-m slow``)."""
 
+import os
 import re
 import signal
 import subprocess
@@ -22,7 +23,13 @@ def proof(name: str, tmp_path: Path) -> Iterator[str]:
     """What the script prints for one of its proofs; skips the tests where the machine cannot give it."""
     log = tmp_path / "log"
     with log.open("w") as output:
-        script = subprocess.Popen(["bash", SCRIPT, name], stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        script = subprocess.Popen(
+            ["bash", SCRIPT, name],
+            env=os.environ | {"TMPDIR": str(tmp_path)},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+        )
         try:
             code = script.wait(TIMEOUT_S)
         finally:
@@ -32,6 +39,7 @@ def proof(name: str, tmp_path: Path) -> Iterator[str]:
     if code == CANNOT_RUN_HERE:
         pytest.skip(printed.strip().splitlines()[-1])
     assert code == 0, printed
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]  # the roots are gone
     yield printed
 
 

@@ -21,6 +21,7 @@ from tests.runs import tiny_config, write_quadrants
 
 pytestmark = pytest.mark.launch
 slow = pytest.mark.slow
+covered = [slow] if why_not() is None else []  # by a case with several hosts, where those can be imitated
 
 SHARDED = ("parallel.expert_parallel_size=2",)
 REPLICAS = ("parallel.backend=replicas",)
@@ -66,9 +67,10 @@ def free_port() -> int:
 @pytest.mark.parametrize(
     ("script", "overrides", "engine"),
     [
-        ("torchrun", SHARDED, "deepspeed"),
-        ("accelerate", REPLICAS, "replicas"),
-        pytest.param("deepspeed", SHARDED, "deepspeed", marks=slow),
+        ("torchrun", REPLICAS, "replicas"),
+        pytest.param("accelerate", REPLICAS, "replicas", marks=covered),
+        pytest.param("deepspeed", REPLICAS, "replicas", marks=covered),
+        *(pytest.param(script, SHARDED, "deepspeed", marks=slow) for script in ("torchrun", "accelerate", "deepspeed")),
     ],
 )
 def test_two_processes(launch: Launch, alone: RunFolder, script: str, overrides: Sequence[str], engine: str):
@@ -82,9 +84,10 @@ def test_two_processes(launch: Launch, alone: RunFolder, script: str, overrides:
 @pytest.mark.parametrize(
     ("script", "number", "ranked", "overrides", "engine"),
     [
-        ("torchrun", "2", False, SHARDED, "deepspeed"),
+        ("torchrun", "2", False, REPLICAS, "replicas"),
         ("accelerate", "2", True, REPLICAS, "replicas"),
         pytest.param("torchrun", "2", True, REPLICAS, "replicas", marks=slow),
+        pytest.param("torchrun", "2", False, SHARDED, "deepspeed", marks=slow),
         pytest.param("torchrun", "1:2", False, SHARDED, "deepspeed", marks=slow),
         pytest.param("torchrun", "3", False, REPLICAS, "replicas", marks=slow),
         pytest.param("accelerate", "3", True, REPLICAS, "replicas", marks=slow),
