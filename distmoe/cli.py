@@ -292,8 +292,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 def end_with(command: Callable[[], object]) -> NoReturn:
     """Runs a command and ends the process.
 
-    Exit codes: 0 done, 1 our defect or a lost process, 2 the user can mend it, 130 and 143 stopped by a signal. Where
-    there are several processes, all end with the code of the first cause.
+    Exit codes: 0 done, 1 our defect or a lost process, 2 the user can mend it, 130, 143 and 138 stopped by a signal.
+    Where there are several processes, all end with the code of the first cause.
     """
     code = 0
     try:

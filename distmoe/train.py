@@ -95,22 +95,23 @@ def train(config: RunConfig, world: World | None = None) -> dict[str, Any] | Non
     with attempts.ends_noted(world.rank), open_runtime(config, world) as runtime:
         config.check_trainable()
         control = runtime.control
-        restart = runtime.restarts > 0 or control.on_main(lambda: attempts.is_restart(runtime.launches))
+        restart = control.on_main(lambda: attempts.is_restart(runtime.restarts, runtime.launches))
         resume = restart or control.largest([config.run.resume]) > [0.0]  # one host's launcher may be told so alone
         control.on_main(lambda: folder.check_free(resume))
         checkpoints = folder.checkpoints(config.run.keep_checkpoints)
         begin = partial(attempts.begin, control, launches=runtime.launches, restart=restart, retries=config.run.retries)
-        if restart:  # from here on, since a process may be killed while it loads
-            begin(control.on_main(lambda: max(checkpoints.steps(), default=0)))
-        with open_session(config, runtime) as session, ExitStack() as stack:
+        with ExitStack() as stack:
             control.on_main(lambda: stack.enter_context(folder.held()))
+            if restart:  # from here on, since a process may be killed while it loads
+                begin(control.on_main(lambda: max(checkpoints.steps(), default=0)))
+            session = stack.enter_context(open_session(config, runtime))
             _start(session, folder, checkpoints, resume)
             summary = control.on_main(folder.read_summary) if session.finished else None
             if summary is not None:
                 logger.info("it is finished: test accuracy %.4f", summary["test_accuracy"])
                 return summary
-            control.on_main(lambda: folder.open(config))
             begin(session.progress.step)
+            control.on_main(lambda: folder.open(config))
             return _train_and_test(session, folder, checkpoints)
 
 

@@ -126,7 +126,7 @@ if [ $cpu = 0 ] && [ "${CUDA_VISIBLE_DEVICES-$first_gpus}" != "$first_gpus" ]; t
 fi
 folder=$(pwd -P) # where the remote shells go
 [[ $folder$checkout =~ ^[A-Za-z0-9_./@+-]+$ ]] ||
-    refuse "the path $folder has characters that remote shells read as something else: move the checkout"
+    refuse "the path $folder or $checkout has characters that remote shells read as something else: move the checkout"
 need_program deepspeed "run bash launch/setup.sh"
 need_program pdsh "apt-get install pdsh"
 need_program ssh "apt-get install openssh-client"

@@ -10,7 +10,8 @@
 #   --help            print the head of the script
 #
 # Variables that are set only where the caller has not: OMP_NUM_THREADS (the host's cores divided among its processes),
-# TORCH_CPP_LOG_LEVEL (ERROR), GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME (--interface), NCCL_DEBUG (WARN: errors with their reasons).
+# GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME (--interface), NCCL_DEBUG (WARN: errors with their reasons) and
+# TORCH_CPP_LOG_LEVEL (ERROR).
 
 checkout=$(CDPATH="" cd -- "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 [ ! -x "$checkout/.venv/bin/python" ] || PATH=$checkout/.venv/bin:$PATH
@@ -102,12 +103,14 @@ read_run() {
 }
 
 num_gpus() {
-    if [ $cpu = 1 ] || ! command -v nvidia-smi >/dev/null; then
+    if [ $cpu = 1 ]; then
         echo 0
     elif [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
         tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -cE '^(GPU|MIG|[0-9])' || true # -1 stands for none
-    else
+    elif command -v nvidia-smi >/dev/null; then
         nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true
+    else # containers may have the devices without the program
+        compgen -G '/dev/nvidia[0-9]*' | grep -c . || true
     fi
 }
 
@@ -139,7 +142,7 @@ choose_settings() { # after all options are read
     use TORCH_CPP_LOG_LEVEL ERROR # otherwise launchers print a stack trace for every connection that breaks
     if [ -n "$interface" ]; then
         use GLOO_SOCKET_IFNAME "$interface"
-        use NCCL_SOCKET_IFNAME "$interface"
+        use NCCL_SOCKET_IFNAME "=$interface" # without "=", also all that begin so
     fi
 }
 

@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import pathlib
 import platform
 import signal
 import socket
@@ -143,12 +144,11 @@ def _digest_of_sources() -> str:
     spec = importlib.util.find_spec("distmoe")
     if spec is None or not spec.submodule_search_locations:
         return ABSENT
-    root, digest = spec.submodule_search_locations[0], hashlib.sha256()
-    for folder, _, names in sorted(os.walk(root)):
-        for name in sorted(names):
-            if name.endswith(".py"):
-                with open(os.path.join(folder, name), "rb") as file:
-                    digest.update(name.encode() + file.read())
+    root, digest = pathlib.Path(spec.submodule_search_locations[0]), hashlib.sha256()
+    # As distmoe.parallel.handshake does, which this program cannot import: it runs without distmoe, too.
+    for path in sorted(path for path in root.rglob("*.py") if path.stem.isidentifier()):
+        digest.update(f"{path.relative_to(root)}\0".encode())
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
 

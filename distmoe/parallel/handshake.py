@@ -14,17 +14,21 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from distmoe.contracts import UserError
 from distmoe.parallel.signs import build_key, listed
 
-_PACKAGES = ("distmoe", "torch", "numpy", "accelerate", "deepspeed", "safetensors")
+_PACKAGES = ("distmoe", "torch", "nvidia-nccl-cu13", "numpy", "accelerate", "deepspeed", "safetensors")
 _CODE = "distmoe's code"
 
 
 def own_build() -> dict[str, str]:
     """What this process runs: versions by name, and a digest of this package's sources."""
     versions = {name: _version(name) for name in _PACKAGES}
-    return {"python": platform.python_version(), "byte order": sys.byteorder, **versions, _CODE: _digest_of_sources()}
+    device = "CUDA" if torch.cuda.is_available() else "CPU"
+    machine = {"python": platform.python_version(), "byte order": sys.byteorder, "device": device}
+    return {**machine, **versions, _CODE: _digest_of_sources()}
 
 
 def publish_build(store: Any, rank: int) -> None:

@@ -5,15 +5,19 @@ process train a model of its own, side by side. All of that is refused here.
 """
 
 import itertools
+import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
 from distmoe.contracts import UserError
 
+JOB = "slurm job"
+"""With this begins the name of a job."""
 EXPECTED = "DISTMOE_WORLD_SIZE"
 """The number of processes that whoever launches is going to start; a run with another number is refused."""
 
@@ -31,6 +35,7 @@ class Place:
         master: Address and port at which rank 0 is found; None: there is one process.
         agent_serves: Whether the launcher's own process serves the store there, not rank 0.
         launch: Names the launcher's process on this host, where it may start this one again; None: it does not.
+        job: Names the job that a scheduler may queue again; None: there is none.
     """
 
     rank: int = 0
@@ -41,6 +46,7 @@ class Place:
     master: tuple[str, int] | None = None
     agent_serves: bool = False
     launch: str | None = None
+    job: str | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ class _Launcher:
     ranks_per_host: tuple[str, ...]
 
 
+_FIRST_SPECIAL_STEP = 0xFFFFFFF0  # of Slurm: numbers from here on are shells and scripts, not steps
 _TORCHRUN = _Launcher("RANK", "WORLD_SIZE", "LOCAL_RANK", ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
 _SRUN = _Launcher("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", ("SLURM_TASKS_PER_NODE",))
 _MPIRUN = (
@@ -78,7 +85,8 @@ def read_place(environment: Mapping[str, str]) -> Place:
         UserError: A variable is missing, not a number, or does not fit the others.
     """
     launcher = _launcher_of(environment)
-    place = Place(restarts=_restarts(environment)) if launcher is None else _read(launcher, environment)
+    alone = Place(restarts=_restarts(environment), job=_job(environment))
+    place = alone if launcher is None else _read(launcher, environment)
     expected = _number(environment, EXPECTED, place.size)
     if expected != place.size:
         raise UserError(
@@ -92,12 +100,16 @@ def read_place(environment: Mapping[str, str]) -> Place:
 def _launcher_of(environment: Mapping[str, str]) -> _Launcher | None:
     if _number(environment, "WORLD_SIZE", 1) > 1 or "RANK" in environment:
         return _TORCHRUN
-    for launcher in _MPIRUN:
-        if _number(environment, launcher.size, 1) > 1:
-            return launcher
-    # The script of a batch job, outside srun, is one process whatever SLURM_NTASKS says.
-    if "SLURM_STEP_ID" in environment and _number(environment, "SLURM_NTASKS", 1) > 1:
+    # srun sets variables of MPI as well, for programs that use it, but not those of processes on a host.
+    mpirun = [launcher for launcher in _MPIRUN if _number(environment, launcher.size, 1) > 1]
+    if mpirun and mpirun[0].local_rank in environment:
+        return mpirun[0]
+    # The script of a batch job, or its interactive shell, is one process outside srun, whatever SLURM_NTASKS says.
+    step = _number(environment, "SLURM_STEP_ID", _FIRST_SPECIAL_STEP)
+    if step < _FIRST_SPECIAL_STEP and _number(environment, "SLURM_NTASKS", 1) > 1:
         return _SRUN
+    if mpirun:
+        return mpirun[0]
     for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         if name in environment:
             raise _missing("RANK")
@@ -129,6 +141,7 @@ def _read(launcher: _Launcher, environment: Mapping[str, str]) -> Place:
         _master(launcher, environment) if size > 1 else None,
         agent_serves=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         launch=_launch() if "TORCHELASTIC_RUN_ID" in environment else None,
+        job=_job(environment),
     )
 
 
@@ -155,16 +168,24 @@ def _master(launcher: _Launcher, environment: Mapping[str, str]) -> tuple[str, i
 def _launch() -> str | None:
     """Torchrun does not count restarts because of a host that has joined; its own process stays the same."""
     try:
-        parent = psutil.Process().parent()
-        return None if parent is None else f"{platform.node()} {parent.pid} {parent.create_time()}"
-    except psutil.Error:
+        parent = os.getppid()
+        started = (
+            Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+        )  # in ticks, whatever the clock
+        return f"{platform.node()} {parent} {started}"
+    except (OSError, IndexError):
         return None
+
+
+def _job(environment: Mapping[str, str]) -> str | None:
+    if "SLURM_JOB_ID" not in environment:
+        return None
+    return f"{JOB} {environment.get('SLURM_CLUSTER_NAME', '')} {environment['SLURM_JOB_ID']}"
 
 
 def first_host(hosts: str) -> str:
     """The first of Slurm's notation for a list of hosts: ``node[003-010,12],login`` begins with ``node003``."""
-    match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?([^\[,]*)", hosts)
-    return "" if match is None else "".join(part or "" for part in match.groups())
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", hosts).partition(",")[0]
 
 
 def _check_accelerate(parent: psutil.Process | None) -> None:
@@ -202,7 +223,7 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
                 f"environment variable {name} ({environment[name]}) gives hosts different numbers of processes: start "
                 "as many on each (--ntasks-per-node)"
             )
-    if not re.fullmatch(r"\d{1,9}", text, re.ASCII):
+    if not re.fullmatch(r"\d{1,10}", text, re.ASCII):
         raise UserError(f"environment variable {name} ({text!r}) must be a whole number; unset it or correct it")
     return int(text)
 

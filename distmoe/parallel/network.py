@@ -161,7 +161,9 @@ def chosen_interface(master: str, several_hosts: bool) -> Iterator[None]:
     chosen = {}
     if name is not None and not (several_hosts and is_loopback(own)):
         names = _INTERFACE_VARIABLES if several_hosts else _INTERFACE_VARIABLES[:1]
-        chosen = {variable: name for variable in names if variable not in os.environ}
+        # To NCCL a name is the beginning of names, unless it stands after "=".
+        values = dict(zip(_INTERFACE_VARIABLES, (name, f"={name}"), strict=True))
+        chosen = {variable: values[variable] for variable in names if variable not in os.environ}
     os.environ.update(chosen)
     try:
         yield

@@ -44,7 +44,7 @@ class Runtime:
         control: What ranks agree on; over CPU memory whatever the device.
         num_threads: CPU threads of torch.
         restarts: How often a launcher has restarted this run.
-        launches: The launchers' processes of all hosts, see :attr:`distmoe.parallel.launchers.Place.launch`.
+        launches: The launchers' processes of all hosts, and their job, see :class:`distmoe.parallel.launchers.Place`.
         limit_s: Seconds after which an exchange gives up.
         stop: Signals that ask this rank to save and stop.
     """
@@ -146,7 +146,7 @@ def open_runtime(config: RunConfig, world: World | None = None) -> Iterator[Runt
             control=control,
             num_threads=config.train.num_threads or max(available_cpus() // world.ranks_per_host, 1),
             restarts=int(control.largest([world.restarts])[0]),  # a launcher's process on each host counts its own
-            launches=tuple(sorted({launch for launch in control.gather(world.launch) if launch is not None})),
+            launches=tuple(sorted({one for both in control.gather((world.launch, world.job)) for one in both if one})),
             limit_s=limit_s,
             heartbeat=heartbeat,
         )
@@ -313,11 +313,13 @@ def _groups(
 
 
 def _check_own_device(world: World, device: torch.device, control: Control) -> None:
-    own = (world.rank // world.ranks_per_host, os.environ.get("CUDA_VISIBLE_DEVICES"), device.index)
+    # By its own name: in a container of its own, each process' GPU may be number 0.
+    own = (world.rank // world.ranks_per_host, str(torch.cuda.get_device_properties(device).uuid))
     same = [rank for rank, other in enumerate(control.gather(own)) if other == own]
     if len(same) > 1:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         raise UserError(
-            f"ranks {', '.join(map(str, same))} have been given one GPU (CUDA_VISIBLE_DEVICES={own[1]}): give each "
+            f"ranks {', '.join(map(str, same))} have been given one GPU (CUDA_VISIBLE_DEVICES={visible}): give each "
             "process one of its own, or each all of them"
         )
 

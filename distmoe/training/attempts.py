@@ -16,6 +16,7 @@ from typing import Any
 from distmoe.contracts import UserError
 from distmoe.parallel.control import Control
 from distmoe.parallel.endings import PeerFailureError, describe_error, first_line
+from distmoe.parallel.launchers import JOB
 from distmoe.parallel.stop_signals import Interrupted
 
 _KILLED = "ended without a word: killed, or its host was lost"
@@ -62,10 +63,17 @@ class Attempts:
                         attempts[-1] = replace(attempts[-1], failure=values["failure"])
         return attempts
 
-    def is_restart(self, launches: Sequence[str]) -> bool:
-        """Whether one of these launchers has started this run before: a host that joins makes all start again."""
+    def is_restart(self, restarts: int, launches: Sequence[str]) -> bool:
+        """Whether a launcher starts this run again, and not over a folder that another one has used.
+
+        Args:
+            restarts: How often the launcher says that it has; it does not count those because of a host that joins.
+            launches: The launchers' processes and jobs; empty: of a launcher that is known by its count alone.
+        """
         before = {launch for attempt in self.read() for launch in attempt.launches}
-        return not before.isdisjoint(launches)
+        # A job may well train several runs, one after the other; only its own restart makes it the same start.
+        same = [launch for launch in launches if restarts > 0 or not launch.startswith(JOB)]
+        return not before.isdisjoint(same) if launches else restarts > 0
 
     def begin(self, control: Control, step: int, launches: Sequence[str], restart: bool, retries: int) -> None:
         """Notes a start, once: where the run has no folder yet, it is to be called again. Collective.

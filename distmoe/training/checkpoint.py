@@ -191,7 +191,9 @@ class CheckpointFolder:
     def _begin(self, target: Path, temporary: Path) -> None:
         with _writing(target):
             self.root.mkdir(parents=True, exist_ok=True)
-            for leftover in (*self.root.glob(f"{_TEMPORARY}*"), *self.root.glob(f"{_REMOVED}*")):
+            for leftover in self.root.glob(f"{_REMOVED}*"):  # some reader may still have it open: it costs only space
+                shutil.rmtree(leftover, ignore_errors=True)
+            for leftover in self.root.glob(f"{_TEMPORARY}*"):
                 shutil.rmtree(leftover)
             temporary.mkdir()
 

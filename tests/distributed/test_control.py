@@ -6,6 +6,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -107,6 +108,8 @@ def _check_devices() -> list[str]:
     control, device, errors = Control(rank, 2), torch.device("cuda", 0), []
     for visible in (str(rank), "0"):
         os.environ["CUDA_VISIBLE_DEVICES"] = visible
+        gpu = SimpleNamespace(uuid=f"GPU-{visible}")
+        torch.cuda.get_device_properties = lambda device, gpu=gpu: gpu
         world = World(rank, 2, rank, 2)
         errors.append(_error_of(lambda world=world: runtime._check_own_device(world, device, control)))
     other_host = World(rank, 2, 0, 1)

@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -77,14 +77,12 @@ class Kind:
             ``damaged``: that checkpoint as well. ``unnoticed``: it does not even stop.
         lasts_s: From and to how long something is away.
         several_hosts: Whether it takes two.
-        small_disk: Whether it takes a disk that may be filled.
     """
 
     strike: Strike
     loses: Literal["nothing", "checkpoint", "damaged", "unnoticed"] = "checkpoint"
-    lasts_s: tuple[float, float] = field(default=(0.0, 0.0))
+    lasts_s: tuple[float, float] = (0.0, 0.0)
     several_hosts: bool = False
-    small_disk: bool = False
 
 
 def send(run: SupervisedRun, ranks: list[int], number: int) -> None:
@@ -120,7 +118,7 @@ def stop_rank(run: SupervisedRun, fault: Fault, damage: list[Damage]) -> Iterato
 
 
 def stop_rank_for_a_while(run: SupervisedRun, fault: Fault, damage: list[Damage]) -> Iterator[None]:
-    """It goes on when the others have given it up already."""
+    """It goes on before the others notice, or when they have given it up already."""
     process = run.ranks()[fault.rank]
     send(run, [fault.rank], signal.SIGSTOP)
     yield from pause(fault.lasts_s)
@@ -278,6 +276,7 @@ KINDS: dict[str, Kind] = {
     "rank killed": Kind(kill_rank),
     "all ranks killed": Kind(kill_all_ranks),
     "rank stopped": Kind(stop_rank),  # until torchrun, which first waits for 30 s, kills it
+    "rank stopped briefly": Kind(stop_rank_for_a_while, loses="unnoticed", lasts_s=(0.5, 3.0)),
     "rank stopped for a while": Kind(stop_rank_for_a_while, lasts_s=(8.0, 12.0)),
     "one killed, others stopped": Kind(kill_one_and_stop_others),
     "killed, and again while starting": Kind(kill_while_starting, lasts_s=(0.0, 8.0)),
@@ -285,7 +284,7 @@ KINDS: dict[str, Kind] = {
     "rank terminated": Kind(terminate_rank, loses="nothing"),
     "launcher terminated": Kind(terminate_launcher, loses="nothing"),
     "launcher killed": Kind(kill_launcher),
-    "disk full": Kind(fill_disk, lasts_s=(0.0, 2.0), small_disk=True),
+    "disk full": Kind(fill_disk, lasts_s=(0.0, 2.0)),
     "checkpoint truncated": Kind(truncate_file, loses="damaged"),
     "checkpoint with a flipped bit": Kind(flip_bit, loses="damaged"),
     "checkpoint without a file": Kind(remove_file, loses="damaged"),

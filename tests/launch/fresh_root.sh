@@ -22,7 +22,7 @@ readonly OTHER=4321:4321 # a user that the image does not know
 readonly NEEDED_GB=20
 readonly CA_CERTIFICATES=/etc/ssl/certs/ca-certificates.crt
 
-say() { printf '\n== %s\n' "$*"; }
+say() { printf '\n### %s\n' "$*"; }
 
 skip() { # REASON
     printf 'fresh_root.sh: cannot run here: %s\n' "$1" >&2
@@ -46,7 +46,8 @@ megabytes() { du -smx "$1" | cut -f1; }
 
 apt_sources() { # the lines for this suite's own archives, whatever form and file they are written in here
     apt-get indextargets --format "\$(REPO_URI) \$(RELEASE) \$(COMPONENT)" 'Created-By: Packages' |
-        awk -v suites="^$SUITE(-updates|-security)?$" '$2 ~ suites && $3 == "main" { print "deb", $1, $2, $3 }' | sort -u
+        awk -v suites="^$SUITE(-updates|-security)?$" '$2 ~ suites && $3 == "main" { print "deb", $1, $2, $3 }' |
+        sort -u
 }
 
 apt_options() { apt-config dump Acquire | grep -vE '^Acquire::(IndexTargets|Changelogs)'; }
@@ -149,7 +150,8 @@ image() {
         --secret "pip.conf=$WORK/pip.conf" "${arguments[@]}"
     wheels "$app/.venv/setup.log"
     cp -a "$WORK/image/home" "$WORK/home"
-    printf 'sources compiled: %d of %d\n' "$(find "$app/distmoe" -name '*.pyc' | wc -l)" "$(find "$app/distmoe" -name '*.py' | wc -l)"
+    printf 'sources compiled: %d of %d\n' "$(find "$app/distmoe" -name '*.pyc' | wc -l)" \
+        "$(find "$app/distmoe" -name '*.py' | wc -l)"
     timed "image: bash launch/smoke.sh" in_image 'bash launch/smoke.sh'
     timed "image: python -m distmoe plan configs/smoke.yaml" \
         in_image 'source .venv/bin/activate && python -m distmoe plan configs/smoke.yaml'

@@ -124,7 +124,8 @@ class SupervisedRun:
             options += ["--hosts", str(len(hosts)), "--master", hosts[0].name]
         self.folder = folder
         self.hosts = hosts
-        self.launchers = [Launcher(host, options, config, log) for host in hosts or [None]]
+        places: Sequence[Host | None] = hosts or [None]
+        self.launchers = [Launcher(host, options, config, log) for host in places]
         self.num_ranks = len(self.launchers) * ranks_per_host
         self.disk = disk
         self.timeout_s = timeout_s

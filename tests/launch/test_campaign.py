@@ -94,11 +94,11 @@ class Training:
 
 
 TRAININGS = {
-    "replicas": Training(REPLICAS, 1, 28),
-    "replicas again": Training(REPLICAS, 1, 28),
-    "experts": Training(EXPERTS, 1, 14),
-    "replicas on two hosts": Training(REPLICAS, 2, 22),
-    "experts on two hosts": Training(EXPERTS, 2, 18),
+    "replicas": Training(REPLICAS, 1, 30),
+    "replicas again": Training(REPLICAS, 1, 30),
+    "experts": Training(EXPERTS, 1, 15),
+    "replicas on two hosts": Training(REPLICAS, 2, 23),
+    "experts on two hosts": Training(EXPERTS, 2, 19),
 }
 
 

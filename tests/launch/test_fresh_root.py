@@ -55,7 +55,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def section(printed: str, title: str) -> str:
     """What a step printed: from its title to the next one, or to the tables."""
-    found = re.search(rf"^== {re.escape(title)}\n(.*?)(?=^== |^load average)", printed, re.MULTILINE | re.DOTALL)
+    found = re.search(rf"^### {re.escape(title)}\n(.*?)(?=^### |^load average)", printed, re.MULTILINE | re.DOTALL)
     assert found is not None, f"no step {title} in:\n{printed}"
     return found[1]
 

@@ -103,6 +103,7 @@ class Machine:
         for launcher in (*SCRIPTS, "python", "pdsh", "ssh"):
             self.has(launcher)
         self.has("nproc", f"#!/bin/sh\necho {CORES}\n")
+        self.has_gpus(0)  # whatever this machine has
         self.python = str(self.programs / "python")
 
     def has(self, program: str, script: str = RECORDER) -> Path:

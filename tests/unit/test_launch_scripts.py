@@ -97,7 +97,7 @@ COMMANDS = {
     ),
     "torchrun: interface": (
         "torchrun --interface ib0 {config}",
-        f"{torchrun('1', 1, size=1, before='GLOO_SOCKET_IFNAME=ib0 NCCL_SOCKET_IFNAME=ib0 ')} {LOCAL} {MODULE} "
+        f"{torchrun('1', 1, size=1, before='GLOO_SOCKET_IFNAME=ib0 NCCL_SOCKET_IFNAME==ib0 ')} {LOCAL} {MODULE} "
         "train {config}",
     ),
     "accelerate: one process": (
@@ -134,8 +134,8 @@ def test_command_of_options(machine: Machine, case: str):
     line, expected = COMMANDS[case]
     names = {"config": str(machine.config), "checkout": str(machine.checkout), "python": machine.python}
     script, *arguments = shlex.split(line.format(**names))
-    # CDPATH leads a careless cd elsewhere.
-    result = machine.run(script, "--dry-run", *arguments, CDPATH=f"{machine.programs}")
+    (machine.programs / "launch").mkdir()  # to which CDPATH leads a careless cd
+    result = machine.run(script, "--dry-run", *arguments, CDPATH=str(machine.programs))
     assert (result.returncode, result.stderr) == (0, "")
     assert shlex.split(result.stdout) == shlex.split(expected.format(**names))
     assert result.stdout.count("\n") == 1

@@ -94,8 +94,10 @@ def run(data: Path, tmp_path: Path) -> Run:
 
 def command(*arguments: object) -> int:
     """The exit code of a command."""
+    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stop:
         cli.main([str(argument) for argument in arguments])
+    signal.signal(signal.SIGTERM, before)  # ignored at the end of a launcher's process, which this one is not
     return int(stop.value.code or 0)
 
 

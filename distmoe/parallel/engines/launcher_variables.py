@@ -47,4 +47,6 @@ def without_launcher_variables() -> Iterator[None]:
     try:
         yield
     finally:
+        for name in _LAUNCHER_VARIABLES:  # Accelerate sets some, which would be taken for the launcher's
+            os.environ.pop(name, None)
         os.environ.update(kept)

@@ -143,7 +143,7 @@ def test_every_fault_of_a_host_is_named_with_its_remedy(hosts: ImitatedHosts, po
 
 
 def test_host_whose_files_cannot_be_read(hosts: ImitatedHosts, port: int):
-    hosts.python("host1", "import os; os.walk = lambda root: iter([(root, [], ['absent.py'])])")
+    hosts.python("host1", "import pathlib; pathlib.Path.rglob = lambda root, pattern: [root / 'absent.py']")
     assert examined(port, "host1")[0] == fail(
         "host1",
         "10.99.0.1, files of Python's packages cannot be read there: No such file or directory",

@@ -1,5 +1,6 @@
 """What launchers' variables say, and what is refused because every process would train alone."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -30,6 +31,9 @@ def without(environment: dict[str, str], *names: str) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name not in names}
 
 
+JOB = "slurm job  42"
+SRUN_PLACE = Place(5, 6, 1, 2, 0, ("node7", 20294), job=JOB)
+
 PLACES = {
     "none": ({}, Place()),
     "torchrun": (TORCHRUN, Place(5, 8, 1, 4, 0, MASTER)),
@@ -39,14 +43,16 @@ PLACES = {
     "deepspeed": ({**without(TORCHRUN, "LOCAL_WORLD_SIZE"), "LOCAL_SIZE": "2"}, Place(5, 8, 1, 2, 0, MASTER)),
     "torchrun with one process": ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, Place()),
     # A port of the job's own: 20000 + 42 * 7.
-    "srun": (SRUN, Place(5, 6, 1, 2, 0, ("node7", 20294))),
-    "second step of a job": ({**SRUN, "SLURM_STEP_ID": "1"}, Place(5, 6, 1, 2, 0, ("node7", 20295))),
-    "srun told where": ({**SRUN, **STORE}, Place(5, 6, 1, 2, 0, MASTER)),
-    "srun told a port": ({**SRUN, "MASTER_PORT": "1234"}, Place(5, 6, 1, 2, 0, ("node7", 1234))),
-    "job queued again": ({**SRUN, "SLURM_RESTART_COUNT": "3"}, Place(5, 6, 1, 2, 3, ("node7", 20294))),
-    "torchrun under srun": ({**SRUN, **TORCHRUN}, Place(5, 8, 1, 4, 0, MASTER)),
-    "mpirun under srun": ({**SRUN, **OPEN_MPI}, Place(5, 6, 1, 2, 0, MASTER)),
-    "batch script": ({**BATCH_SCRIPT, **STORE}, Place()),
+    "srun": (SRUN, SRUN_PLACE),
+    "second step of a job": ({**SRUN, "SLURM_STEP_ID": "1"}, Place(5, 6, 1, 2, 0, ("node7", 20295), job=JOB)),
+    "srun told where": ({**SRUN, **STORE}, Place(5, 6, 1, 2, 0, MASTER, job=JOB)),
+    "srun told a port": ({**SRUN, "MASTER_PORT": "1234"}, Place(5, 6, 1, 2, 0, ("node7", 1234), job=JOB)),
+    "job queued again": ({**SRUN, "SLURM_RESTART_COUNT": "3"}, Place(5, 6, 1, 2, 3, ("node7", 20294), job=JOB)),
+    "torchrun under srun": ({**SRUN, **TORCHRUN}, Place(5, 8, 1, 4, 0, MASTER, job=JOB)),
+    "mpirun under srun": ({**SRUN, **OPEN_MPI}, Place(5, 6, 1, 2, 0, MASTER, job=JOB)),
+    "srun with variables of MPI": ({**SRUN, "PMI_RANK": "5", "PMI_SIZE": "6"}, SRUN_PLACE),
+    "batch script": ({**BATCH_SCRIPT, **STORE}, Place(job=JOB)),
+    "interactive shell of a job": ({**SRUN, "SLURM_PROCID": "0", "SLURM_STEP_ID": "4294967290"}, Place(job=JOB)),
     "Open MPI": (OPEN_MPI, Place(5, 6, 1, 2, 0, MASTER)),
     "MPICH": (MPICH, Place(5, 6, 1, 2, 0, MASTER)),
     "as many as promised": ({**TORCHRUN, "DISTMOE_WORLD_SIZE": "8"}, Place(5, 8, 1, 4, 0, MASTER)),
@@ -131,7 +137,9 @@ def test_launch_names_the_process_that_starts_again():
     environment = {**TORCHRUN, "TORCHELASTIC_RUN_ID": "run"}
     named = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     ours = psutil.Process()
-    assert named.stdout.strip() == f"{socket.gethostname()} {ours.pid} {ours.create_time()}"
+    ticks = (ours.create_time() - psutil.boot_time()) * os.sysconf("SC_CLK_TCK")
+    started = round(ticks)
+    assert named.stdout.strip() == f"{socket.gethostname()} {ours.pid} {started}"
     assert read_place(environment).launch not in (None, named.stdout.strip())
 
 
@@ -144,6 +152,7 @@ def test_launch_names_the_process_that_starts_again():
         ("gpu[7]", "gpu7"),
         ("rack[2,5-6]-gpu,x", "rack2-gpu"),
         ("a-b.example[1-2]", "a-b.example1"),
+        ("rack[1-2]n[3-4]", "rack1n3"),
     ],
 )
 def test_first_of_slurms_hosts(hosts: str, first: str):

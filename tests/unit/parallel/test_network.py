@@ -227,8 +227,8 @@ def test_nobody_who_listens_is_not_waited_for_long():
 # Master, whether there are other hosts, what the caller has set, and what is chosen besides.
 CHOSEN: dict[str, tuple[str, bool, dict[str, str], dict[str, str]]] = {
     "one host": ("host1", False, {}, {"GLOO_SOCKET_IFNAME": "lo"}),
-    "several": ("host1", True, {}, {"GLOO_SOCKET_IFNAME": "eth0", "NCCL_SOCKET_IFNAME": "eth0"}),
-    "gloo's set": ("host1", True, {"GLOO_SOCKET_IFNAME": "eth1"}, {"NCCL_SOCKET_IFNAME": "eth0"}),
+    "several": ("host1", True, {}, {"GLOO_SOCKET_IFNAME": "eth0", "NCCL_SOCKET_IFNAME": "=eth0"}),
+    "gloo's set": ("host1", True, {"GLOO_SOCKET_IFNAME": "eth1"}, {"NCCL_SOCKET_IFNAME": "=eth0"}),
     "NCCL's set": ("host1", True, {"NCCL_SOCKET_IFNAME": "ib"}, {"GLOO_SOCKET_IFNAME": "eth0"}),
     "one host, gloo's set": ("host1", False, {"GLOO_SOCKET_IFNAME": "eth0,lo"}, {}),
     # The master's own name, there: reachable_address has seen that GLOO_SOCKET_IFNAME is set.

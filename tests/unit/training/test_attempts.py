@@ -1,11 +1,11 @@
 """The starts of a run: which one is a launcher's restart, how they ended, and when restarts are of no use."""
 
 import contextlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
@@ -115,14 +115,29 @@ def test_full_disk_stops_no_run(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("launches", "restart"),
-    [(["a"], True), (["b", "x"], True), (["x"], False), ([], False), (["b", "a"], True)],
+    ("restarts", "launches", "restart"),
+    [
+        (0, ["a"], True),  # a host has joined, which is not counted
+        (0, ["b", "x"], True),
+        (0, ["b", "a"], True),
+        (1, ["a"], True),
+        (0, ["x"], False),
+        (1, ["x"], False),  # it was refused before, and torchrun tries again: the folder is somebody else's
+        (0, [], False),
+        (1, [], True),  # a launcher that is known by its count alone
+        (0, ["slurm job c 7"], False),  # another training of the same job
+        (1, ["slurm job c 7"], True),
+        (1, ["slurm job c 8"], False),
+    ],
 )
-def test_launcher_that_has_started_a_run_before_starts_it_again(launches: list[str], restart: bool, tmp_path: Path):
-    assert not Attempts(tmp_path / "none").is_restart(launches)
-    begun(tmp_path, launches=("a", "b"))
+def test_launcher_that_has_started_a_run_before_starts_it_again(
+    restarts: int, launches: list[str], restart: bool, tmp_path: Path
+):
+    begun(tmp_path, launches=("a", "b", "slurm job c 7"))
     begun(tmp_path, launches=("c",))
-    assert Attempts(tmp_path).is_restart(launches) == restart
+    assert Attempts(tmp_path).is_restart(restarts, launches) == restart
+    if launches:
+        assert not Attempts(tmp_path / "none").is_restart(restarts, launches)
 
 
 # What has been, (step, restart, failure) of each start; then the step of a restart, the retries, and what is said if it
@@ -260,7 +275,7 @@ def test_torchrun_starts_a_run_again_without_counting(start: Start, tmp_path: Pa
         monkeypatch.setenv(name, value)
     start("train.stop_after_steps=1")
     with monkeypatch.context() as patched:  # another torchrun, and a person who has started it
-        patched.setattr(psutil.Process, "parent", lambda self: self)
+        patched.setattr(os, "getppid", os.getpid)
         with pytest.raises(UserError, match=r"is not empty: continue that run with run\.resume=true"):
             start()
     assert checkpoint_steps(RunFolder(tmp_path / "run")) == [1]
