@@ -17,9 +17,9 @@ pytestmark = [pytest.mark.launch, pytest.mark.skipif(slurm.why_not() is not None
 
 TIMEOUT_S = 90.0  # the processors are shared by both nodes
 SBATCH = REPOSITORY / "launch" / "slurm.sbatch"
-# A step of 32 micro-batches takes long enough to be interrupted several times on the way.
+# A step of 16 micro-batches takes long enough to be interrupted several times on the way.
 RUN = (
-    *("train.accumulation=32", "train.epochs=6", "train.evaluate_every_epochs=6", "train.checkpoint_every_steps=100"),
+    *("train.accumulation=16", "train.epochs=4", "train.evaluate_every_epochs=4", "train.checkpoint_every_steps=100"),
     *("optim.lr=1e-4", "parallel.timeout_s=10", "parallel.expert_parallel_size=1"),
 )
 
