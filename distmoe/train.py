@@ -110,8 +110,8 @@ def train(config: RunConfig, world: World | None = None) -> dict[str, Any] | Non
             if summary is not None:
                 logger.info("it is finished: test accuracy %.4f", summary["test_accuracy"])
                 return summary
-            begin(session.progress.step)
             control.on_main(lambda: folder.open(config))
+            begin(session.progress.step)
             return _train_and_test(session, folder, checkpoints)
 
 

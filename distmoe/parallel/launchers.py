@@ -98,7 +98,7 @@ def read_place(environment: Mapping[str, str]) -> Place:
 
 
 def _launcher_of(environment: Mapping[str, str]) -> _Launcher | None:
-    if _number(environment, "WORLD_SIZE", 1) > 1 or "RANK" in environment:
+    if _number(environment, "WORLD_SIZE", 1) != 1 or "RANK" in environment:
         return _TORCHRUN
     # srun sets variables of MPI as well, for programs that use it, but not those of processes on a host.
     mpirun = [launcher for launcher in _MPIRUN if _number(environment, launcher.size, 1) > 1]
@@ -119,11 +119,10 @@ def _launcher_of(environment: Mapping[str, str]) -> _Launcher | None:
 
 
 def _read(launcher: _Launcher, environment: Mapping[str, str]) -> Place:
-    rank, size, local_rank = (
-        _number(environment, name) for name in (launcher.rank, launcher.size, launcher.local_rank)
-    )
+    size = _number(environment, launcher.size)
     if size < 1:
         raise UserError(f"environment variable {launcher.size} ({size}) must be 1 or more; unset it or correct it")
+    rank, local_rank = (_number(environment, name) for name in (launcher.rank, launcher.local_rank))
     per_host = next((name for name in launcher.ranks_per_host if name in environment), launcher.ranks_per_host[-1])
     ranks_per_host = _number(environment, per_host, size)
     if rank >= size or not local_rank < ranks_per_host <= size or size % ranks_per_host:

@@ -69,6 +69,7 @@ REFUSED = {
     "not a number": ({**TORCHRUN, "WORLD_SIZE": "two"}, r"WORLD_SIZE \('two'\) must be a whole number"),
     "negative": ({**TORCHRUN, "RANK": "-1"}, r"RANK \('-1'\) must be a whole number"),
     "empty": ({**TORCHRUN, "LOCAL_RANK": ""}, r"LOCAL_RANK \(''\) must be a whole number"),
+    "no processes and no rank": ({"WORLD_SIZE": "0"}, r"WORLD_SIZE \(0\) must be 1 or more"),
     "no processes": ({**TORCHRUN, "WORLD_SIZE": "0"}, r"WORLD_SIZE \(0\) must be 1 or more"),
     "name of a port": ({**TORCHRUN, "MASTER_PORT": "http"}, r"MASTER_PORT \('http'\) must be a whole number"),
     "port 0": ({**TORCHRUN, "MASTER_PORT": "0"}, r"MASTER_PORT \(0\) must be from 1 to 65535"),
